@@ -95,7 +95,7 @@ def test_a_request_is_bulk_if_its_parameter_says_so(parameters: str, bulk: bool)
 
 def test_requests_of_one_shape_are_joined_up_to_the_rows_of_a_batch_in_order() -> None:
     with held() as running:
-        running.take(Request("a", (2, 8)), Request("b", (1, 9)), Request("c", (3, 8)), Request("d", (2, 8)))
+        running.take(Request("a", (2, 8)), Request("b", ()), Request("c", (3, 8)), Request("d", (2, 8)))
         running.go.set()
         wait_for(lambda: len(running.batches) == 4)
     assert running.batches == [["first"], ["a", "d"], ["b"], ["c"]]

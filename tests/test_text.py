@@ -10,13 +10,16 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from deepseek_client import InferenceClient, InferenceError, InvalidInput
 from tokenizers import Tokenizer
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from deepseek.spec import DeploymentSpec
 from deepseek.spec.text import TextSpec
@@ -30,6 +33,7 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
 from tests.conftest import FREE, run_module
+from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter, statistics
 
 MODELS = Path("tests/models")
@@ -155,11 +159,18 @@ def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message
 )
 def test_a_bad_request_of_any_client_is_a_400(server: EmbeddedServer, shape: Any, data: Any, reason: str) -> None:
     body = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": shape, "data": data}]}
+    status, error = ask(server, json.dumps(body).encode())
+    assert (status, reason in error) == (400, True)
+
+
+def ask(server: EmbeddedServer, body: bytes) -> tuple[int, str]:
+    """Status and error of a request in JSON."""
     url = f"http://{server.http_url}/v2/models/sentence/infer"
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(urllib.request.Request(url, data=json.dumps(body).encode()))
-    assert error.value.code == 400
-    assert reason in json.loads(error.value.read())["error"]
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=body)) as answer:
+            return answer.status, ""
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())["error"]
 
 
 def test_a_bad_text_fails_alone(server: EmbeddedServer) -> None:
@@ -177,12 +188,37 @@ def test_a_bad_text_fails_alone(server: EmbeddedServer) -> None:
     assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 0
 
 
+def test_a_request_that_triton_should_refuse_fails_alone(server: EmbeddedServer) -> None:
+    """Triton does not check the bytes of a parameter, nor over gRPC a batch of 0 that has the data of 1."""
+    good = b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["ab"]}]'
+
+    bodies = [good + b', "parameters": {"prompt_name": "\xff"}}', good + b"}", good + b"}"] * 40
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(partial(ask, server), bodies))
+    refused = (400, "the parameters of the request are not UTF-8: invalid start byte")
+    assert answers == [refused, (200, ""), (200, "")] * 40
+    for inputs in ({"text": b"\1\0\0\0a"}, {name: bytes(24) for name in ALL_IDS}):
+        assert without_rows(server, "sentence", inputs) == "the batch has no rows; send one at least"
+
+
+def without_rows(server: EmbeddedServer, model: str, inputs: dict[str, bytes]) -> str:
+    """Why a batch of 0 rows with the data of one is refused."""
+    request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=inputs.values())
+    for name, data in inputs.items():
+        kind, width = ("INT64", len(data) // 8) if len(data) % 8 == 0 else ("BYTES", 1)
+        request.inputs.add(name=name, datatype=kind, shape=[0, width])
+    with grpc.insecure_channel(server.grpc_url) as channel, pytest.raises(grpc.RpcError) as refused:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=60)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    return str(refused.value.details())
+
+
 def test_tokens_are_counted_with_and_without_padding(server: EmbeddedServer) -> None:
     names = [f'onnxruntime_text_{name}{{model="sentence",version="1"}}' for name in ("tokens", "padded_tokens")]
     before = [counter(server, name) for name in names]
     with InferenceClient(server.grpc_url) as client:
         client.infer("sentence", {"text": ["abc", "a", "a " * 100]})  # 5, 3 and 102 tokens: 48 run, and 2 rows of 5
-    assert [counter(server, name) - old for name, old in zip(names, before, strict=True)] == [56, 58]
+    wait_for(lambda: [counter(server, name) - old for name, old in zip(names, before, strict=True)] == [56, 58])
 
 
 def test_the_command_sends_a_text(server: EmbeddedServer) -> None:

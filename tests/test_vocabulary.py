@@ -28,8 +28,10 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
 from tests.conftest import FREE, run_module
+from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter, statistics
 from tests.test_openai import call
+from tests.test_text import without_rows
 
 MODELS = Path("tests/models")
 VOCABULARY = Vocabulary(MODELS / "shop" / "catalogue.csv")
@@ -97,7 +99,7 @@ def test_unknown_names_are_ignored_and_counted_by_row(server: EmbeddedServer, cl
     found = client.infer("shop", {"history": rows, "exclude": [["z"], ["SKU-3"], [""]]})
     assert found["unknown"].tolist() == [[2], [2], [0]]
     np.testing.assert_array_equal(found["skus"][0], found["skus"][2])
-    assert [counter(server, name) - old for name, old in zip(METRICS, before, strict=True)] == [9, 4]
+    wait_for(lambda: [counter(server, name) - old for name, old in zip(METRICS, before, strict=True)] == [9, 4])
 
 
 def test_a_history_without_known_items_is_one_of_padding(client: InferenceClient) -> None:
@@ -145,6 +147,11 @@ def test_lists_of_any_length_run_as_one_batch_in_which_a_bad_one_fails_alone(ser
 def test_a_bad_request_is_one_line(client: InferenceClient, inputs: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=re.escape(message)):
         client.infer("shop", inputs)
+
+
+def test_a_batch_without_rows_is_refused(server: EmbeddedServer) -> None:
+    for inputs in ({"history": b"\1\0\0\0a"}, {"seen": bytes(48)}):
+        assert without_rows(server, "shop", inputs) == "the batch has no rows; send one at least"
 
 
 def test_any_client_can_send_names(server: EmbeddedServer) -> None:

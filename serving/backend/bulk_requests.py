@@ -102,11 +102,14 @@ class BulkRequests:
 
     def take(self, request: Any, sender: Any) -> bool:
         """Whether the request is a bulk one; then it is answered later, or refused because too many wait."""
-        parameters = request.parameters()
+        try:
+            parameters = request.parameters()
+        except UnicodeDecodeError:  # Triton does not check it; an error here would fail the whole batch
+            return False
         if '"bulk"' not in parameters or json.loads(parameters).get("bulk") not in (True, "true"):
             return False
         copy = Copy(request, self._texts)
-        shapes = {tensor.name(): tensor.as_numpy().shape for tensor in copy.inputs()}
+        shapes = {tensor.name(): tensor.as_numpy().shape or (0,) for tensor in copy.inputs()}  # () has no rows
         wait_s = min(self._wait_s, request.timeout() / 1e6 or self._wait_s)
         kind = tuple(sorted((name, shape[1:]) for name, shape in shapes.items()))
         waiting = Waiting(copy, sender, next(iter(shapes.values()))[0], kind, monotonic() + wait_s)

@@ -15,6 +15,8 @@ import numpy as np
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 """Runs a batch of the model's inputs; returns its outputs in order."""
+NO_ROWS = "the batch has no rows; send one at least"
+"""Why a tensor without its first axis is refused: over gRPC, Triton lets a batch of 0 pass that holds the data of 1."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class ModelInputs:
         feed = {name: np.from_dlpack(tensor) for name, tensor in tensors.items()}
         seen: dict[str, tuple[int, str]] = {}
         for name, array in feed.items() if self._axes else ():
-            for axis, size in zip(self._shapes.get(name, ()), array.shape, strict=False):
+            if len(self._shapes[name]) != array.ndim:
+                raise ValueError(NO_ROWS)
+            for axis, size in zip(self._shapes[name], array.shape, strict=True):
                 if axis not in self._axes:
                     continue
                 least, most = self._axes[axis]

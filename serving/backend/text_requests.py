@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from model_inputs import Run
+from model_inputs import NO_ROWS, Run
 from text_encoder import Text, TextEncoder
 
 INPUT = "text"
@@ -61,8 +61,14 @@ class TextRequests:
 
         Raises ValueError with the reason if one cannot be taken.
         """
-        values, parameters = tensors[INPUT].as_numpy(), request.parameters()
+        try:
+            parameters = request.parameters()
+        except UnicodeDecodeError as error:  # Triton does not check it
+            raise ValueError(f"the parameters of the request are not UTF-8: {error.reason}") from None
+        values = tensors[INPUT].as_numpy()
         prompt, texts = self._prompt(parameters), list[str]()
+        if values.ndim != 2:
+            raise ValueError(NO_ROWS)
         for (place, number), value in np.ndenumerate(values):
             value = prompt + value
             which = f"{INPUT} {place}" if len(values) > 1 else INPUT

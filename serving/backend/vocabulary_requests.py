@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from model_inputs import Run, in_parts
+from model_inputs import NO_ROWS, Run, in_parts
 from vocabulary import Vocabulary
 
 HISTORY, K = "history", "k"
@@ -64,6 +64,8 @@ class VocabularyRequests:
             name: tensor.as_numpy() if self._dtypes[name] == "string" else np.from_dlpack(tensor)
             for name, tensor in tensors.items()
         }
+        if any(array.ndim != 2 for array in sent.values()):
+            raise ValueError(NO_ROWS)
         asks_names = not {SKUS, TITLES}.isdisjoint(request.requested_output_names())
         batch = len(next(iter(sent.values())))
         feed, names, unknown = {}, 0, np.zeros((batch, 1), np.int32)
