@@ -31,8 +31,6 @@ OF_THE_MAKEFILE = {"PYTHON", "TORCH_CPU_INDEX"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for a sign that it lacks
     words = list(sys.argv[1:] if arguments is None else arguments)
     make = words[:1] == ["--make"]
     words = words[make:]
