@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deepseek_client import InferenceClient
 from tritonclient import grpc as triton
 
 from cli.main import values_of
@@ -28,6 +29,7 @@ from deepseek.spec.tables import TargetSpec
 from export.artifact import choice_of, choice_path, digests, read_manifest, sha256, write_manifest
 from export.stages import publish
 from export.stages.publish import publish_version
+from export.stages.to_onnx import export_model
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
@@ -36,6 +38,7 @@ from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
 from tests.conftest import FREE, run_module
 from tests.gateway import wait_for
+from tests.test_to_onnx import FIXED, tiny
 from tests.test_triton_config import with_batch
 
 IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
@@ -296,6 +299,17 @@ def test_a_choice_made_for_another_file_is_not_published(tmp_path: Path, monkeyp
         InputError, match=r"int8/model\.onnx has changed since .* chose it; re-run: deepseek select-precision"
     ):
         choice_of("m", "onnxruntime")
+
+
+def test_a_model_of_one_batch_size_is_served(tmp_path: Path, own_build: Path) -> None:
+    source = tiny(tmp_path / "models", toml=FIXED)
+    export_model(source)
+    publish_version(source.spec, "fp32", "onnxruntime", tmp_path / "repository")
+    with (
+        EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "triton.log", **FREE) as server,
+        InferenceClient(server.grpc_url) as client,
+    ):
+        assert client.infer("tiny", {"x": np.ones((4, 8), np.float32)})["y"].shape == (4, 8)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def model_config(
     _let_bulk_wait(config)
     if config.backend != "python":
         _set_buckets(config, spec)
-    for prefix, row in warmup.items():
+    for prefix, row in warmup.items() if _warms_up(config, spec) else ():
         for batch in sorted({spec.axes[BATCH].min, spec.max_served_batch}):
             sample = config.model_warmup.add(name=f"{prefix}-batch-{batch}", batch_size=batch)
             for name, array in row.items():
@@ -88,6 +88,14 @@ def model_config(
     if vocabulary is not None and not spec.has_front(target):
         take_names(config, spec, vocabulary, warmup)
     return config
+
+
+def _warms_up(config: ModelConfig, spec: DeploymentSpec) -> bool:
+    """Whether the model takes Triton's warm-up: as many requests of one row as the batch has rows.
+
+    The Python backend checks each request, so it would refuse these below the profile's smallest batch.
+    """
+    return config.backend != "python" or spec.axes[BATCH].min == 1
 
 
 def _let_bulk_wait(config: ModelConfig) -> None:
