@@ -15,11 +15,12 @@ from typing import Any
 import deepseek_client
 import numpy as np
 import pytest
-from aiohttp import ClientSession
+from aiohttp import ClientError, ClientSession
 from deepseek_client import BULK, InferenceError
 from deepseek_client.metadata import TensorMetadata
 
 from serving.openai import __main__ as openai_process
+from serving.openai import routes
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import vectors_of
 from serving.openai.metrics import Metrics
@@ -189,6 +190,29 @@ def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
         assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
 
     asyncio.run(leave())
+
+
+def test_a_caller_that_leaves_while_its_answer_is_sent_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    send = routes._sent
+
+    async def left(request: Any, answer: Any) -> Any:
+        request.transport.close()
+        return await send(request, answer)
+
+    monkeypatch.setattr(routes, "_sent", left)
+
+    async def leave() -> str:
+        triton, metrics = StandIn(), Metrics()
+        triton.released.set()
+        async with in_front_of(triton, SMALL, metrics) as address:
+            with pytest.raises(ClientError):
+                await embed(address, ["a"])
+        return metrics.text()
+
+    assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in asyncio.run(leave())
+    assert capfd.readouterr().err == ""
 
 
 def test_a_caller_that_takes_no_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,8 @@ class Routes:
             )
         except web.HTTPException as raised:
             error = ApiError(raised.status, raised.reason)
+        except ConnectionError:  # the caller disconnected before its answer was sent
+            return web.Response(status=CALLER_LEFT)
         except Exception:
             print(f"error     {request.method} {request.path}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             error = ApiError(500, "internal error; the server's output has the traceback")
