@@ -131,6 +131,8 @@ def test_the_requests_that_would_decide_do_decide() -> None:
     longer = 1 + round(more / 1000 + 0.5)
     assert float(share_bounds(np.tile(slow, longer), np.tile(planned, longer), seconds=20.0 * longer).high) < ALLOWED
     assert more_requests(10, 1000, bounds, ALLOWED, 0.95) is None  # exactly at the limit
+    one = share_bounds(np.zeros(1), np.ones(1), seconds=1.0)
+    assert more_requests(0, 1, one, 0.001, 0.95) == pytest.approx(2994, rel=0.02)
 
 
 def test_a_means_bounds_hold_the_true_mean_in_nineteen_of_twenty_runs() -> None:

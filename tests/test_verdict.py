@@ -205,7 +205,7 @@ def test_an_objective_is_judged_by_the_figure_that_it_names(
 
 def test_a_figure_is_written_with_its_unit() -> None:
     assert [formatted("ms", ms) for ms in (9.994, 10.04, math.inf, math.nan)] == ["9.99 ms", "10.0 ms", "never", "-"]
-    assert formatted("throughput", 99.96) == "100.0/s"
+    assert [formatted("throughput", rate) for rate in (99.96, 0.0167, 0)] == ["100.0/s", "0.017/s", "0.0/s"]
     assert (formatted("quality", 0.12346), formatted("error_rate", 0.00123)) == ("0.1235", "0.123%")
 
 

@@ -185,7 +185,7 @@ KINDS: dict[Kind, KindFacts] = {
         unit="rps",
         meaning="successful responses per second",
         fault=_throughput_fault,
-        figure=lambda value: f"{value:.1f}/s",
+        figure=lambda value: f"{value:.1f}/s" if abs(value) >= 1 or not value else f"{value:.2g}/s",
     ),
     "quality": KindFacts(
         measures=re.compile(".*"),

@@ -25,7 +25,7 @@ from deepseek.spec.objectives import BURST_S, CONFIDENCE
 _UNSEEN_BURSTS = 2  # of that length, added to the bursts seen
 _DOUBT = 2  # widens a design effect above 1 by this share over the root of the bursts seen: runs with few and short
 # bursts would pass too often, since both make a service look better
-_MOST_LONGER = 1000.0  # times the run: beyond, the share is too close to the limit to be decided
+_MOST_LONGER = 1000.0  # times the run, if that has many requests: beyond, the share is too close to the limit
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,15 @@ def completed_bounds(
 def more_requests(over: int, total: int, bounds: Bounds, limit: float, confidence: float) -> int | None:
     """About how many more requests decide, if they go on as so far; None if the share is too close to the limit."""
     found, independent = over / bounds.bursts, total / bounds.bursts
+    enough = math.log(1 - confidence) / math.log1p(-limit)  # independent requests, if none is over the limit
 
     def decided(longer: float) -> bool:
         low, high = _clopper_pearson(found * longer, independent * longer, confidence)
         return bool(high <= limit or low > limit)
 
-    longer = 1.0
+    longer, most = 1.0, max(_MOST_LONGER, 2 * enough / float(independent))
     while not decided(longer):
         longer *= 1.02
-        if longer > _MOST_LONGER:
+        if longer > most:
             return None
     return math.ceil((longer - 1) * total)
