@@ -15,6 +15,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -181,6 +182,25 @@ def test_a_port_or_address_that_cannot_be_used_is_one_line(tmp_path: Path) -> No
     for address in ("192.0.2.1", "::1"):  # RFC 5737, and IPv6
         with pytest.raises(InputError, match=rf"^--address {address}: this machine has no such IPv4 address"):
             EmbeddedServer(tmp_path / "repository", address=address, **FREE)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "says"),
+    [
+        ("my tmp", 0, "my tmp has characters that a shell splits or replaces, but Triton starts programs there"),
+        ("été", os.ST_NOEXEC, "été is mounted noexec, but Triton starts programs there; set TMPDIR= to another folder"),
+    ],
+)
+def test_a_tmpdir_that_starts_no_program_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, flag: int, says: str
+) -> None:
+    write_add_one(tmp_path / "repository")
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_flag=flag))
+    with pytest.raises(InputError, match=says), EmbeddedServer(tmp_path / "repository", **FREE):
+        pass
+    assert list((tmp_path / name).iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from deepseek.spec import InputError
 from deepseek.spec.machine.cpu import Cpu, memory_bytes, this_cpu
 from deepseek.spec.machine.gpus import Gpu, gpus
 from deepseek.spec.machine.triton_release import TRITON_TAG, parse_tag
-from serving.embedded.wheel import parts
+from serving.embedded.wheel import parts, scratch_place
 
 # Where NVIDIA's images have libnvinfer.so.
 TENSORRT_FOLDERS = (
@@ -93,6 +93,7 @@ def _onnxruntime_providers() -> tuple[str, ...] | None:
 def _no_embedded() -> str:
     try:
         parts()
+        scratch_place()
     except InputError as error:
         return str(error)
     return ""

@@ -21,6 +21,7 @@ from typing import IO
 
 from deepseek.spec.children import ends_with_us
 from serving.embedded.triton_log import CrashDetector
+from serving.embedded.wheel import scratch_place
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Reads the server's process id and waits until this process ends, then until the server does, which ends with it. Then
@@ -48,7 +49,7 @@ class ServerProcess:
         self._longest_stop_s, self._echo_log = exit_timeout_s + 5, echo_log
         self._echo: threading.Thread | None = None
         # Short and private: the path is on the stub's command line, the prefix in /dev/shm.
-        self.scratch = Path(tempfile.mkdtemp(prefix="embedded-triton-"))
+        self.scratch = Path(tempfile.mkdtemp(prefix="embedded-triton-", dir=scratch_place()))
         self._cleaner = subprocess.Popen(
             ["/bin/sh", "-c", _CLEAN_UP, "after", str(self._longest_stop_s), str(self.scratch)],
             stdin=subprocess.PIPE,  # closes when this process ends

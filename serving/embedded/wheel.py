@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from deepseek.spec import InputError
@@ -41,6 +43,19 @@ def parts() -> tuple[Path, Path, Path, Path]:
     if version not in have:
         raise InputError(f"{WHEEL} {wheel.version} has no stub for Python {version}; it has {', '.join(have)}")
     return *found, stubs / version / STUB
+
+
+def scratch_place() -> Path:
+    """The folder for a server's files: $TMPDIR, else /tmp.
+
+    Raises InputError if the Python backend cannot start its stubs there: it runs `bash -c "exec <path> ..."`.
+    """
+    place = Path(tempfile.gettempdir())
+    noexec = os.statvfs(place).f_flag & os.ST_NOEXEC
+    if noexec or re.search(r"[^\w@%+=:,./-]", str(place)):
+        what = "is mounted noexec" if noexec else "has characters that a shell splits or replaces"
+        raise InputError(f"{place} {what}, but Triton starts programs there; set TMPDIR= to another folder")
+    return place
 
 
 def assemble_backend(folder: Path, backend: Path, stub: Path) -> None:
