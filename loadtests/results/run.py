@@ -86,10 +86,10 @@ class Run:
 
     @cached_property
     def window(self) -> Stretch:
-        """The measured window, without warm-up and late answers."""
+        """The measured window, without warm-up and late answers; it has every second."""
         found, duration_s = {each.second: each for each in self.seconds}, self.settings.duration_s
-        # A second in which nothing happened has no row: all users waited for an answer, or no request was due.
-        inside = [found.get(second) or Second(second) for second in range(math.ceil(duration_s))]
+        nothing = Second(0)  # of which there are no rows: all users waited for an answer, or no request was due
+        inside = [found.get(second, nothing) for second in range(math.ceil(duration_s))]
         return Stretch(self.settings, inside, duration_s)
 
     def at_rate(self, rate_rps: float) -> Stretch | None:
@@ -99,7 +99,7 @@ class Run:
         for segment in self.settings.segments:
             end = start + segment.duration_s
             if segment.rate_rps == rate_rps and segment.end_rps in (None, rate_rps):
-                seconds += [second for second in self.window.seconds if start <= second.second < end]
+                seconds += self.window.seconds[math.ceil(start) : math.ceil(end)]
                 total += segment.duration_s
             start = end
         return Stretch(self.settings, seconds, total) if total else None
