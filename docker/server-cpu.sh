@@ -4,6 +4,4 @@
 # ends with 1, and the restart policy starts the container again. It waits for its models as long as the health checks do
 # (docker/server-cpu.Dockerfile, kubernetes/base/triton.yaml).
 set -euo pipefail
-# Each connection takes file descriptors, and Docker starts with 1024. Not unlimited: some programs walk all of them.
-ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
 exec python -m cli serve --repository /models --address 0.0.0.0 --behind-gateway --echo-log --timeout-s 300 "$@"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
 import urllib.parse
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import pytest
 
+from deepseek.spec.machine.open_files import MOST
 from serving.embedded.openai_process import OpenAIProcess
 from serving.embedded.supervisor import MOST_TIMES
 from tests.conftest import write_add_one
@@ -23,9 +27,24 @@ from tests.test_openai import Serving, blocked, call
 __all__ = ["blocked"]  # a fixture
 
 
-def test_crashed_routes_are_restarted_and_all_ends_with_the_server(built_sentence: Path) -> None:
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """This process and its children may have 1024 open files, unless they ask for more: up to the yielded number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield min(MOST, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def open_files(pid: int) -> int:
+    """How many a process may have."""
+    return resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]
+
+
+def test_crashed_routes_are_restarted_and_all_ends_with_the_server(built_sentence: Path, few_files: int) -> None:
     serving = Serving.of(start(built_sentence / "repository", "--openai-port", "0"))
     first = serving.routes
+    assert open_files(serving.process.pid) == few_files
     first.kill()
     with openai.OpenAI(base_url=serving.places["OpenAI"], api_key="unused", max_retries=5) as client:
         assert len(client.embeddings.create(model="sentence", input="ab").data[0].embedding) == 32
@@ -77,7 +96,7 @@ def test_routes_that_keep_crashing_are_a_failure(tmp_path: Path) -> None:
     assert "ended 4 times within 60 s, last with exit status -9" in reasons[0]
 
 
-def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
+def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path, few_files: int) -> None:
     place = {"address": "127.0.0.1", "port": 0, "http_port": free_port()}
     (tmp_path / "sentence").mkdir()
     (tmp_path / "sentence" / "config.pbtxt").touch()
@@ -85,6 +104,7 @@ def test_without_a_server_it_is_503_with_retry_after(tmp_path: Path) -> None:
         for request in (("POST", "/v1/embeddings", b'{"model": "sentence", "input": "a"}'), ("GET", "/v1/models")):
             status, headers, answer = call(routes.url, *request)
             assert (status, headers["Retry-After"], answer["error"]["type"]) == (503, "1", "server_error")
+        assert open_files(routes.pid) == few_files
 
 
 def test_a_port_in_use_is_one_line(built_sentence: Path) -> None:

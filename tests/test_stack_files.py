@@ -47,12 +47,18 @@ def test_nvidias_triton_starts_after_the_doctor_and_both_servers_behind_the_gate
     assert re.search(r"^exec python -m cli serve .*--behind-gateway", Path("docker/server-cpu.sh").read_text(), re.M)
 
 
-@pytest.mark.parametrize("name", ["server.sh", "server-cpu.sh", "gateway/gateway.sh"])
+ALLOW = "import resource as r; from deepseek.spec.machine.open_files import allow_open_files; allow_open_files()"
+PYTHON = f"{sys.executable} -c '{ALLOW}; print(r.getrlimit(r.RLIMIT_NOFILE)[0])'; exit"
+
+
+@pytest.mark.parametrize("name", ["server.sh", "gateway/gateway.sh", "python"])
 @pytest.mark.parametrize(("hard", "soft"), [(2048, 2048), (70_000, 65_536)])
 def test_entry_points_take_the_descriptors_that_they_may_have_within_bounds(name: str, hard: int, soft: int) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
         pytest.skip(f"this machine allows fewer than {hard} descriptors")
-    (line,) = re.findall(r"^ulimit -Sn .*$", Path("docker", name).read_text(), re.MULTILINE)
+    line = PYTHON
+    if name != "python":
+        (line,) = re.findall(r"^ulimit -Sn .*$", Path("docker", name).read_text(), re.MULTILINE)
     script = f"set -e; ulimit -Sn 1024; ulimit -Hn {hard}; {line}; ulimit -Sn"
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (run.stdout, run.stderr) == (f"{soft}\n", "")

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 
 from deepseek.spec import TEXT, GateFailed, InputError
 from deepseek.spec.children import ends_with_us
+from deepseek.spec.machine.open_files import allow_open_files
 from deepseek.spec.vocabulary import VOCABULARY
 from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer, say
@@ -145,6 +146,7 @@ def main(options: argparse.Namespace) -> int:
     if options.command and shutil.which(options.command[0]) is None:
         raise InputError(f"{options.command[0]}: no such command to run while serving; see deepseek serve --help")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    allow_open_files()
     server = EmbeddedServer(
         options.repository,
         http_port=options.http_port,

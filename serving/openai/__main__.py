@@ -17,6 +17,7 @@ import uvloop
 from aiohttp import web
 from deepseek_client import AsyncInferenceClient
 
+from deepseek.spec.machine.open_files import allow_open_files
 from serving.openai.metrics import Metrics
 from serving.openai.recommenders import Recommenders
 from serving.openai.routes import Routes
@@ -59,4 +60,6 @@ if __name__ == "__main__":
     parser.add_argument("--http-url", required=True, help="host:port of Triton")
     parser.add_argument("--repository", type=Path, required=True, help="folder that Triton serves")
     parser.add_argument("--drain-s", type=float, required=True, help="longest wait for requests in flight")
-    uvloop.run(_serve(parser.parse_args()))
+    given = parser.parse_args()
+    allow_open_files()
+    uvloop.run(_serve(given))
