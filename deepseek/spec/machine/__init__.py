@@ -1,4 +1,4 @@
-"""This machine: its CPU and GPUs, and which of NVIDIA's containers fits.
+"""This machine: its CPU and GPUs, its limit of open files, and which of NVIDIA's containers fits.
 
 Enter: each module, from every room. Imports: `deepseek.spec`.
 """
