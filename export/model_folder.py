@@ -9,7 +9,6 @@ read outside the folder). Exceptions in them become one line with the place in t
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -87,7 +86,6 @@ class ModelFolder:
         if pruned.is_file():
             from deepseek.pruning import load_pruned  # needs torch-pruning, which nothing else here does
 
-            module = copy.deepcopy(module)  # the next load() may return the same one
             load_pruned(module, pruned)
         return module
 

@@ -15,7 +15,7 @@ from cli.main import main as command
 from cli.main import values_of
 from deepseek.checkpoints import Checkpoints
 from deepseek.pruning.distillation import SETTINGS
-from deepseek.spec import GateFailed
+from deepseek.spec import GateFailed, InputError
 from export.artifact import pruning_of, read_manifest
 from export.checks import parity_cases
 from export.model_folder import ModelFolder
@@ -88,13 +88,12 @@ def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(tmp_pa
     assert list(tmp_path.rglob("prun*")) == []
 
 
-def test_the_loss_counts_also_if_load_returns_one_module_each_time(tmp_path: Path, own_build: Path) -> None:
+def test_a_load_that_returns_one_module_each_time_is_refused(tmp_path: Path, own_build: Path) -> None:
     shutil.copytree("tests/models/image", tmp_path / "models" / "image")
     with (tmp_path / "models" / "image" / "model.py").open("a") as file:
         file.write("\n_module = load()\n\ndef load() -> nn.Module:\n    return _module\n")
-    source = ModelFolder("image", tmp_path / "models")
-    assert prune_source(source, 0.25)["drop"] > 0
-    assert [module.body[0].out_channels for module in (source.load(), source.unpruned())] == [24, 32]
+    with pytest.raises(InputError, match=r"load\(\) returned the same module twice; let it make a new one each time"):
+        prune_source(ModelFolder("image", tmp_path / "models"), 0.25)
 
 
 EVALUATE = """

@@ -10,7 +10,6 @@ resumes. Results are cached, unless model.py has `finetune` or `evaluate` but no
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shutil
 import sys
@@ -26,7 +25,7 @@ from rich.table import Table
 from deepseek.pruning import PruneConfig, PruneReport, prune_model, save_pruned, weights_digest
 from deepseek.pruning.distillation import distil
 from deepseek.pruning.prunable import Inputs
-from deepseek.spec import GateFailed, build_dir, kept_for_json
+from deepseek.spec import GateFailed, InputError, build_dir, kept_for_json
 from deepseek.spec.files.folders import scratch_in
 from deepseek.spec.paired_drop import DropJudgement
 from export.artifact import Stopwatch, human_bytes, pruned_path, pruning_path, publish
@@ -72,8 +71,12 @@ def _prune(
     scratch: Path,
 ) -> None:
     """Prunes, fine-tunes and measures; writes module and report into `scratch`."""
-    spec, clock = source.spec, Stopwatch()
-    module = copy.deepcopy(original)  # load() may return one module each time
+    spec, clock, module = source.spec, Stopwatch(), source.unpruned()
+    if module is original:
+        raise InputError(
+            f"{source.folder / 'model.py'}: load() returned the same module twice; let it make a new one each time: "
+            "pruning changes the module, and compares it with the unpruned one"
+        )
     with log.status("ranking heads and channels"):
         few = data[: max(1, IMPORTANCE_ROWS // len(data[0][0]))]
         report = prune_model(module, few[0], config, few[1:])
