@@ -148,6 +148,15 @@ def test_modules_of_pytorch_that_look_at_values_are_exported(tmp_path: Path, bod
     assert len(export_model(tiny(tmp_path, body=body, code=ENCODER))["checks"]) == 3
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_one_size_are_no_loop(tmp_path: Path, mode: str) -> None:
+    ids = "x.abs().long().clamp(max=7)"
+    body = f"return torch.nn.functional.embedding_bag({ids}, self.line.weight, mode='{mode}')"
+    assert len(export_model(tiny(tmp_path, body=body))["checks"]) == 3
+    graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
+    assert not {"Loop", "SequenceEmpty"} & {node.op_type for node in graph.node}
+
+
 def test_attention_with_a_learned_bias_for_each_row_is_exported(tmp_path: Path) -> None:
     body = """heads = self.line(x).view(x.shape[0], 4, 2, 1).transpose(1, 2)
         bias = self.line.weight.reshape(1, 4, 4, 4)[:, :2].expand(x.shape[0], -1, -1, -1)

@@ -118,6 +118,8 @@ def _traceable() -> Iterator[None]:
     nn.Transformer: it compares a mask with the causal one. Without that it applies the mask, with the same result.
 
     torch.distributions: they check the values of their arguments.
+
+    nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
     """
     with contextlib.ExitStack() as replaced:
         with contextlib.suppress(ImportError):  # older versions lack them
@@ -130,7 +132,25 @@ def _traceable() -> Iterator[None]:
             replaced.enter_context(register_gru_while_loop_decomposition())
         replaced.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal))
         replaced.enter_context(mock.patch.object(torch.distributions.Distribution, "_validate_args", False))
+        replaced.enter_context(mock.patch.object(torch.nn.functional, "embedding_bag", _embedding_bag))
         yield
+
+
+_bags_by_offsets = torch.nn.functional.embedding_bag
+
+
+def _embedding_bag(input: torch.Tensor, weight: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+    """Bags of one size without padding are a sum, mean or maximum of an embedding."""
+    given = inspect.signature(_bags_by_offsets).bind(input, weight, *args, **named)
+    given.apply_defaults()
+    settings = given.arguments
+    if input.dim() != 2 or settings["max_norm"] is not None or settings["padding_idx"] is not None:
+        return _bags_by_offsets(input, weight, *args, **named)
+    vectors = torch.nn.functional.embedding(input, weight)  # (B, N, D)
+    if (weights := settings["per_sample_weights"]) is not None:
+        vectors = vectors * weights.unsqueeze(-1)
+    pooled: dict[str, Callable[[int], torch.Tensor]] = {"sum": vectors.sum, "mean": vectors.mean, "max": vectors.amax}
+    return pooled[settings["mode"]](1)
 
 
 def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:
