@@ -44,7 +44,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class Request:
-    """A request with the input x, one column."""
+    """A request with the input x, one column, that asks for y alone."""
 
     def __init__(self, *rows: float) -> None:
         self.x = np.array(rows, np.float32).reshape(-1, 1)
@@ -54,17 +54,20 @@ class Request:
             SimpleNamespace(name=lambda: "x", __dlpack__=self.x.__dlpack__, __dlpack_device__=self.x.__dlpack_device__)
         ]
 
+    def requested_output_names(self) -> list[str]:
+        return ["y"]
+
 
 def model_of(backend: Any, run_rows: int, folder: Path) -> Any:
-    """y = x + 1, which fails if a row is negative; `ran` lists the rows of each run."""
+    """y = x + 1 and z = x, which fail if a row is negative; `ran` lists the rows of each run."""
     model = backend.TritonPythonModel()
-    model.text, model.vocabulary, model.inputs, model.outputs, model.ran = None, None, ["x"], ["y"], []
+    model.text, model.vocabulary, model.inputs, model.outputs, model.ran = None, None, ["x"], ["y", "z"], []
 
     def run(feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         model.ran.append(len(feed["x"]))
         if (feed["x"] < 0).any():
             raise backend.InvalidArgument("negative")
-        return [feed["x"] + 1]
+        return [feed["x"] + 1, feed["x"]]
 
     model._results, model.model_inputs = run, backend.ModelInputs(str(folder), run_rows, None)
     return model

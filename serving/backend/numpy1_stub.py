@@ -56,7 +56,7 @@ def fix_strings(stub: Any) -> None:
         def new_from_descr(
             kind: int, descr: int, dims: int, sizes: int, strides: Any, data: int, flags: int, base: int
         ) -> int:
-            zeros = strides and not any(strides[axis] for axis in range(dims))
+            zeros = dims and strides and not strides[dims - 1]  # the others are multiples of it
             return original(kind, descr, dims, sizes, None if zeros else strides, data, flags, base)
 
         table[NEW_FROM_DESCR] = ctypes.cast(new_from_descr, _Pointer).value

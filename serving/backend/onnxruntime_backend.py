@@ -175,15 +175,11 @@ class TritonPythonModel:
     def _send(self) -> None:
         while (batch := self.answers.get()) is not None:
             for sender, response in zip(*batch, strict=True):
-                # `send` drops outputs that the caller did not ask for, without the GIL. Their memory is numpy's, so the
-                # process would crash on Python 3.13.
-                kept = response.output_tensors()
                 try:
                     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
                 except Exception as error:  # for example a full /dev/shm: only this answer is lost
                     self.count_failures(1)
                     pb_utils.Logger.log_error(f"an answer could not be handed to Triton: {error}")
-                del kept
 
     def _responses(self, requests: Sequence, run: Run) -> Iterator[dict[int, Any]]:
         """The responses by the place of their request, each as soon as all its rows are computed."""
@@ -192,17 +188,18 @@ class TritonPythonModel:
             yield {place: _refused(wrong) for place in range(len(requests))}
             return
         reader = self._reader(sent)
-        read: dict[int, Any] = {}
+        read, asked = dict[int, Any](), dict[int, Any]()
         refused: dict[int, Any] = {}
         for place, request in enumerate(requests):
             try:
                 read[place] = reader.read({tensor.name(): tensor for tensor in request.inputs()}, request)
+                asked[place] = request.requested_output_names()
             except ValueError as error:
                 refused[place] = _refused(str(error))
         if refused:
             yield refused
         try:
-            for responses in self._run(reader, read, run) if read else ():
+            for responses in self._run(reader, read, asked, run) if read else ():
                 yield responses
                 for place in responses:
                     del read[place]
@@ -218,8 +215,12 @@ class TritonPythonModel:
         """The reader of requests with these inputs."""
         return self.text if self.text and "text" in sent else self.vocabulary or self.model_inputs
 
-    def _run(self, reader: Any, read: dict[int, Any], run: Run) -> Iterator[dict[int, Any]]:
-        """Runs the rows of requests in parts; yields the responses of the requests that each part completes."""
+    def _run(self, reader: Any, read: dict[int, Any], asked: dict[int, Any], run: Run) -> Iterator[dict[int, Any]]:
+        """Runs the rows of requests in parts; yields the responses of the requests that each part completes.
+
+        A response has only the outputs that the caller asked for. Triton would drop the others without the GIL, and
+        their memory is numpy's, so the process would crash on Python 3.13.
+        """
         sizes = {place: len(request) for place, request in read.items()}
         ends = dict(zip(read, itertools.accumulate(sizes.values()), strict=True))
         owners = [place for place, size in sizes.items() for _ in range(size)]
@@ -244,7 +245,9 @@ class TritonPythonModel:
                     answer = reader.answer(
                         read[place], {name: _stacked(values[part]) for name, values in whole.items()}
                     )
-                    done[place] = pb_utils.InferenceResponse([_tensor(name, array) for name, array in answer.items()])
+                    done[place] = pb_utils.InferenceResponse(
+                        [_tensor(name, array) for name, array in answer.items() if name in asked[place]]
+                    )
             yield done
 
     def _failure(self, error: Exception, *, callers: bool = True) -> object:
