@@ -38,9 +38,9 @@ setup:
 	$(SET_UP) $(NEED)
 
 distclean:
+	find "$(patsubst ~/%,$(HOME)/%,$(or $(REPOSITORY),model_repository))" -mindepth 1 ! -name README.md -delete
 	$(if $(wildcard $(VENV)/bin/python),$(DEEPSEEK) clean)
 	rm -rf "$(patsubst ~/%,$(HOME)/%,$(or $(BUILD),build))" "$(VENV)"
-	find "$(patsubst ~/%,$(HOME)/%,$(or $(REPOSITORY),model_repository))" -mindepth 1 ! -name README.md -delete
 
 help help-all:
 	@$(or $(ANY_PYTHON),python3) -m cli --make $@

@@ -69,6 +69,7 @@ def test_a_client_refuses_another_loop() -> None:
         asyncio.run(client.ready())
     with pytest.raises(RuntimeError, match="another asyncio loop"):
         asyncio.run(client.ready())
+    asyncio.run(client.close())
 
 
 def test_closing_the_client_ends_a_grpc_call_in_flight() -> None:

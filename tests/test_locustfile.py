@@ -328,7 +328,7 @@ SAVED = asdict(load_settings(rate_rps=5.0))
         (json.dumps({**SAVED, "duration_s": -1.0}), "duration_s: Input should be greater than 0"),
         (json.dumps({**SAVED, "warmup_s": -1.0}), "warmup_s: Input should be greater than or equal to 0"),
         (json.dumps({**SAVED, "rate_rps": None, "shape": "fast"}), "--shape 'fast': seen 'fast'"),
-        (json.dumps({**SAVED, "rate_rps": None, "shape": "0x9"}), "--shape 0x9 plans 0 requests"),
+        (json.dumps({**SAVED, "rate_rps": None, "shape": "0.01x9"}), "--shape 0.01x9 plans 0 requests"),
     ],
 )
 def test_wrong_settings_of_locust_alone_are_one_line(tmp_path: Path, content: str | None, message: str) -> None:

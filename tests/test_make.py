@@ -143,10 +143,17 @@ def test_distclean_keeps_sources_and_the_users_files(tmp_path: Path) -> None:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "repository" / "README.md").touch()
     (tmp_path / "env").write_text("MINE=1\n")
+    python = tmp_path / "environment" / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\ncase "$*" in *" clean") ls "{tmp_path}/repository" >"{tmp_path}/at clean";; esac\n')
+    python.chmod(0o755)
     run = make("distclean", folder=tmp_path, venv=tmp_path / "environment")
     assert run.returncode == 0, run.stderr
     left = {path.name for path in tmp_path.rglob("*")}
-    assert left == {"repository", "README.md", "env"}
+    assert left == {"repository", "README.md", "env", "at clean"}
+    assert (
+        tmp_path / "at clean"
+    ).read_text() == "README.md\n"  # no model is left, so it removes the generated settings
 
 
 def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callable[..., list[str]]) -> None:

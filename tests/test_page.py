@@ -151,7 +151,7 @@ def test_only_texts_need_the_routes_to_keep_running(
 ) -> None:
     repository = request.getfixturevalue(folder_of) / "repository"
     options = argparse.Namespace(behind_gateway=False, command=[], openai_port=0, poll_s=None)
-    server = Mock(repository=repository, address="127.0.0.1", http_port=1)
+    server = Mock(repository=repository, served=repository, address="127.0.0.1", http_port=1)
     with ExitStack() as running:
         routes = _Routes(options, server, running)
         assert routes.process is not None

@@ -159,6 +159,14 @@ def test_a_throughput_near_its_limit_is_undecided_only_if_the_load_can_reach_it(
     assert until_decided.undecided(found) == open_
 
 
+def test_only_what_a_longer_run_can_decide_is_undecided(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run", [(0.1, 0.1, 0.2, None)], rate_rps=0.5, duration_s=4.0)
+    slo = SloSpec(objectives=("mean_ms < 500", "p50_ms < 10 @ 7 rps", "ndcg@10 > 0.1"))
+    found = {each.name: each for each in judge(run, slo).objectives}
+    assert {each.status for each in found.values()} == {"inconclusive"}
+    assert [name for name, each in found.items() if until_decided.undecided(each)] == ["max_error_rate", "mean_ms"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -244,13 +244,6 @@ def test_a_stall_makes_the_throughput_of_users_uncertain(tmp_path: Path) -> None
     assert found.low < 50
 
 
-def test_a_pause_in_a_shape_is_no_rate(tmp_path: Path) -> None:
-    sent = [request for request in steady() if not 4 <= request[0] < 6]
-    run = saved_run(tmp_path, sent, rate_rps=None, shape="100x4, 0x2, 100x4")
-    judgement = judge(run, SloSpec(p50_ms=20, rate_rps=100, max_error_rate=0.1))
-    assert (judgement.verdict, judgement.objectives[0].name) == ("holds", "p50_ms @ 100 rps")
-
-
 @pytest.mark.parametrize("shape", ["100x5, 100-500x5", "10-100x5, 100x5"])
 def test_in_a_run_with_a_ramp_an_objective_is_judged_at_the_slos_rate(tmp_path: Path, shape: str) -> None:
     first = shape.startswith("100x")

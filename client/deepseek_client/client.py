@@ -227,11 +227,11 @@ class AsyncInferenceClient(_Client, ClientCore):
         ClientCore.__init__(self, options, AsyncConcurrency(), transports)
 
     def _deadline(self, timeout_s: float | None) -> Deadline:
-        loop = asyncio.get_running_loop()
+        deadline, loop = super()._deadline(timeout_s), asyncio.get_running_loop()
         if self._loop not in (None, loop):  # the connections belong to the first one: a call would wait for nothing
             raise RuntimeError("this client was used on another asyncio loop; make a client for each loop")
         self._loop = loop
-        return super()._deadline(timeout_s)
+        return deadline
 
     async def __aenter__(self) -> Self:
         return self

@@ -73,7 +73,7 @@ def measure_until_decided(load: ModelLoad, console: Console, *, budget_s: float)
 
 def undecided(objective: JudgedObjective) -> bool:
     """Whether more requests may decide the objective. A rate that was not offered stays unknown."""
-    return objective.status == "inconclusive" and objective.offered and not math.isnan(objective.low)
+    return objective.status == "inconclusive" and objective.offered
 
 
 def longer(settings: LoadSettings, times: int) -> LoadSettings:

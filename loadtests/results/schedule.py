@@ -55,10 +55,10 @@ def segments_of(shape: str) -> tuple[Segment, ...]:
     segments = []
     for part in shape.split(","):
         found = _SEGMENT.fullmatch(part.strip())
-        if found is None or int(found[3]) == 0 or float(found[1]) + float(found[2] or 0) == math.inf:
+        if found is None or int(found[3]) == 0 or not 0 < float(found[1]) + float(found[2] or 0) < math.inf:
             raise InputError(
                 f"--shape {shape!r}: seen {part.strip()!r}; a segment is RATExSECONDS or RATE-RATExSECONDS, with "
-                'whole seconds above 0, such as "50x30, 50-200x60, 200x30"; 0x30 is a pause'
+                'whole seconds above 0, such as "50x30, 50-200x60, 200x30"'
             )
         end = None if found[2] is None else float(found[2])
         segments.append(Segment(duration_s=int(found[3]), rate_rps=float(found[1]), end_rps=end))

@@ -119,9 +119,8 @@ class LoadSettings:
 
     @property
     def rates_rps(self) -> list[float]:
-        """The steady rates of an open loop, ascending; a pause is none."""
-        held = {each.rate_rps for each in self.segments if each.end_rps in (None, each.rate_rps)}
-        return sorted(held - {0.0})
+        """The steady rates of an open loop, ascending."""
+        return sorted({each.rate_rps for each in self.segments if each.end_rps in (None, each.rate_rps)})
 
     @property
     def segments(self) -> tuple[Segment, ...]:

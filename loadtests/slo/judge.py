@@ -82,7 +82,8 @@ def _with_status(
 def _unmeasured(run: Run, line: Objective) -> JudgedObjective:
     offered = ", ".join(f"{rate:g}" for rate in run.rates_rps)
     note = f"measured at {offered}/s" if offered else "no steady rate was measured"
-    return _with_status(line, math.nan, "inconclusive", f"{note}; make loadtest RATE={line.rate_rps:g}")
+    note += f"; make loadtest RATE={line.rate_rps:g}"
+    return _with_status(line, math.nan, "inconclusive", note, offered=False)
 
 
 def _judged_latency(run: Run, stretch: Stretch, line: Objective, confidence: float) -> JudgedObjective:
@@ -196,7 +197,8 @@ def _judged_quality(run: Run, line: Objective) -> JudgedObjective:
     """Judges the metric of the served model that the run has stored."""
     found = run.quality.get(line.measure)
     if found is None:
-        return _with_status(line, math.nan, "inconclusive", "not measured for what is served; make parity")
+        note = "not measured for what is served; make parity"
+        return _with_status(line, math.nan, "inconclusive", note, offered=False)
     limit = line.limit * found["baseline"] if line.of_baseline else line.limit
     note = f"{found['source']}; fp32 PyTorch {found['baseline']:.4f}"
     line = replace(line, limit=limit)

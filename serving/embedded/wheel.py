@@ -52,7 +52,7 @@ def scratch_place() -> Path:
     """
     place = Path(tempfile.gettempdir())
     noexec = os.statvfs(place).f_flag & os.ST_NOEXEC
-    if noexec or re.search(r"[^\w@%+=:,./-]", str(place)):
+    if noexec or re.search(r"""[\s"'`$&;|<>()\\*?\[\]{}]""", str(place)):
         what = "is mounted noexec" if noexec else "has characters that a shell splits or replaces"
         raise InputError(f"{place} {what}, but Triton starts programs there; set TMPDIR= to another folder")
     return place

@@ -145,7 +145,8 @@ class AsyncConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Unsent bytes are dropped."""
-        self._transport.abort()
+        with contextlib.suppress(RuntimeError):  # of a loop that has ended, and its connections with it
+            self._transport.abort()
 
     stop = close
 

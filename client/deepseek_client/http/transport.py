@@ -64,7 +64,7 @@ class HttpTransport:
         path = _path(model, version)
         signature, config = await self._get_json(path, deadline, cancel), None
         # Hidden by a gateway, or not implemented: OpenVINO Model Server answers 400.
-        with contextlib.suppress(AccessDenied, ModelNotFound, InvalidInput, ServerError):
+        with contextlib.suppress(AccessDenied, ModelNotFound, InvalidInput):
             config = await self._get_json(f"{path}/config", deadline, cancel)
         binary = config is not None or await self._takes_bytes(deadline, cancel)  # only Triton shows configurations
         return metadata_from_json(f"{self._url}{path}", signature, config, binary=binary)
