@@ -23,6 +23,7 @@ from tokenizers import Encoding, Tokenizer
 ROLES = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 RUN_TOKENS = 16  # what a run costs besides its tokens: all-MiniLM-L6-v2 on one core takes 4.2 ms and 0.27 ms a token
 PADDING_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # where the file does not name one
+PAIR = ("a 1", "a 1")
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
 
@@ -70,9 +71,6 @@ class TextEncoder:
             lengths: rows are padded to one of these, ascending; none: to the longest of their batch.
         """
         self.tokenizer = Tokenizer.from_file(path)
-        # The fast way leaves out offsets, and the types of a pair's tokens unless the file's post-processor sets them.
-        slow = offsets or (pairs and "token_type_ids" in inputs)
-        self._encode = self.tokenizer.encode_batch if slow else self.tokenizer.encode_batch_fast
         self._inputs, self._dtypes, self._lengths = inputs, dtypes, (min_tokens, *lengths)
         padding, truncation = self.tokenizer.padding or {}, self.tokenizer.truncation or {}
         known = (self.tokenizer.token_to_id(token) for token in PADDING_TOKENS)
@@ -80,6 +78,10 @@ class TextEncoder:
         self._padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": padding.get("pad_type_id", 0)}
         self._pads_left = padding.get("direction") == "left"
         self.tokenizer.no_padding()  # `batch` pads to the longest row of its own batch
+        # The fast way leaves out offsets, and the types of a pair's tokens unless the file's post-processor sets them.
+        whole, fast = self.tokenizer.encode_batch, self.tokenizer.encode_batch_fast
+        slow = offsets or (pairs and whole([PAIR])[0].type_ids != fast([PAIR])[0].type_ids)
+        self._encode = whole if slow else fast
         self._cuts_left = truncation.get("direction") == "left"
         self._special = self.tokenizer.num_special_tokens_to_add(pairs)
         self._pairs, self._max_tokens = pairs, max_tokens

@@ -88,11 +88,11 @@ def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(tmp_pa
     assert list(tmp_path.rglob("prun*")) == []
 
 
-def test_a_load_that_returns_one_module_each_time_is_refused(tmp_path: Path, own_build: Path) -> None:
+def test_a_load_that_returns_the_same_weights_each_time_is_refused(tmp_path: Path, own_build: Path) -> None:
     shutil.copytree("tests/models/image", tmp_path / "models" / "image")
     with (tmp_path / "models" / "image" / "model.py").open("a") as file:
-        file.write("\n_module = load()\n\ndef load() -> nn.Module:\n    return _module\n")
-    with pytest.raises(InputError, match=r"load\(\) returned the same module twice; let it make a new one each time"):
+        file.write("\n_core = load()\n\ndef load() -> nn.Module:\n    return nn.Sequential(_core)\n")
+    with pytest.raises(InputError, match=r"load\(\) returned the same weights twice; let it make new ones each time"):
         prune_source(ModelFolder("image", tmp_path / "models"), 0.25)
 
 

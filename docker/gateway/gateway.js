@@ -7,7 +7,7 @@ import crypto from 'crypto';
 const BEARER = /^Bearer (dsk_[A-Za-z0-9_-]{43})$/;
 const MODEL = /^\/v2\/models\/([A-Za-z0-9._-]+)/;
 const GRPC_INFER = '/inference.GRPCInferenceService/ModelInfer';
-const BULK = 2;  // Triton's priority of bulk requests (export/triton_config.py)
+const BULK = 2;  // Triton's priority of bulk requests (export/publishing/triton_config.py)
 const NOT_BULK = `this key is for bulk requests: send "parameters": {"priority": ${BULK}, "bulk": true} with the request`;
 const NAME = /^[A-Za-z0-9._-]{1,127}$/;
 // An X.509 certificate's validity, in hex: two times, each a UTCTime (YYMMDD…Z) or a GeneralizedTime (YYYYMMDD…Z).

@@ -72,10 +72,11 @@ def _prune(
 ) -> None:
     """Prunes, fine-tunes and measures; writes module and report into `scratch`."""
     spec, clock, module = source.spec, Stopwatch(), source.unpruned()
-    if module is original:
+    places, others = ({weight.data_ptr() for weight in each.parameters()} - {0} for each in (module, original))
+    if places & others:
         raise InputError(
-            f"{source.folder / 'model.py'}: load() returned the same module twice; let it make a new one each time: "
-            "pruning changes the module, and compares it with the unpruned one"
+            f"{source.folder / 'model.py'}: load() returned the same weights twice; let it make new ones each time: "
+            "pruning changes them, and compares the module with the unpruned one"
         )
     with log.status("ranking heads and channels"):
         few = data[: max(1, IMPORTANCE_ROWS // len(data[0][0]))]

@@ -45,7 +45,7 @@ from deepseek.spec.files.repository import engine_model, retired, versions_of
 from deepseek.spec.machine.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
-from deepseek.targets import PUBLISHABLE
+from deepseek.targets import PUBLISHABLE, TARGETS
 from deepseek.vocabulary import Vocabulary
 from export.artifact import axes_of, choice_of, digests, engine_path, need, onnx_path, read_manifest, write_manifest
 from export.publishing.backend_files import BACKEND_SOURCES as BACKEND_SOURCES
@@ -190,7 +190,8 @@ def _stage(
         if not front:
             pairs = spec.text is not None and spec.text.pairs
             _write_string(scratch / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if pairs else 1)
-    vocabulary = _stage_vocabulary(folder, spec) if spec.vocabulary_for(target) else None
+    graph = engine if TARGETS[target].is_graph else onnx_path(spec.name, "fp32")  # all engines come from that one
+    vocabulary = _stage_vocabulary(folder, spec, graph) if spec.vocabulary_for(target) else None
     if vocabulary is not None and not front:
         _write_string(scratch / "warmup" / f"{version}-{HISTORY}", vocabulary.names[1])
     plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
@@ -214,13 +215,13 @@ def _stage(
     return version
 
 
-def _stage_vocabulary(folder: Path, spec: DeploymentSpec) -> Vocabulary:
+def _stage_vocabulary(folder: Path, spec: DeploymentSpec, graph: Path) -> Vocabulary:
     """Adds the catalogue to a version's folder. Returns the names of the items.
 
     Raises InputError if the catalogue cannot be read, or is not that of the graph.
     """
     catalogue, found = catalogue_of(spec)
-    graph = need(onnx_path(spec.name, "fp32"), f"make engine {variables_for(spec.name)}")  # all engines come from it
+    need(graph, f"make engine {variables_for(spec.name)}")
     sizes = {size for weight in onnx.load(graph, load_external_data=False).graph.initializer for size in weight.dims}
     if len(found) + 1 not in sizes:  # an embedding of the items and of 0
         raise InputError(

@@ -139,18 +139,31 @@ def _traceable() -> Iterator[None]:
 _bags_by_offsets = torch.nn.functional.embedding_bag
 
 
-def _embedding_bag(input: torch.Tensor, weight: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
-    """Bags of one size without padding are a sum, mean or maximum of an embedding."""
-    given = inspect.signature(_bags_by_offsets).bind(input, weight, *args, **named)
-    given.apply_defaults()
-    settings = given.arguments
-    if input.dim() != 2 or settings["max_norm"] is not None or settings["padding_idx"] is not None:
-        return _bags_by_offsets(input, weight, *args, **named)
+def _embedding_bag(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """Bags of one size without padding are a sum, mean or maximum of an embedding; PyTorch's signature."""
+    if input.is_floating_point():  # the order of old versions
+        input, weight = weight, input
+    if input.dim() != 2 or max_norm is not None or padding_idx is not None:
+        bags = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+        return _bags_by_offsets(input, weight, *bags, include_last_offset, padding_idx)
     vectors = torch.nn.functional.embedding(input, weight)  # (B, N, D)
-    if (weights := settings["per_sample_weights"]) is not None:
-        vectors = vectors * weights.unsqueeze(-1)
-    pooled: dict[str, Callable[[int], torch.Tensor]] = {"sum": vectors.sum, "mean": vectors.mean, "max": vectors.amax}
-    return pooled[settings["mode"]](1)
+    if per_sample_weights is not None:
+        vectors = vectors * per_sample_weights.unsqueeze(-1)
+    if mode == "max":
+        return vectors.amax(1)
+    return vectors.sum(1) if mode == "sum" else vectors.mean(1)
 
 
 def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -29,7 +29,7 @@ class ServedEngine:
     config: ModelConfig
     """The configuration of the engine's own model."""
     public: ModelConfig
-    """The configuration of the model that callers name: the same, or the one in front that takes texts."""
+    """The configuration of the model that callers name: the same, or the one in front that takes strings."""
 
     @property
     def where(self) -> str:

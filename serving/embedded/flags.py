@@ -92,7 +92,7 @@ def behind_gateway(
 def engine_flags(repository: Path) -> list[str]:
     """Flags that the served engines need; often none.
 
-    An engine behind a model that takes texts lies in a repository of its own, in the version's folder. Triton reads
+    An engine behind a model that takes strings lies in a repository of its own, in the version's folder. Triton reads
     each as one more repository, so the model and its engine always have the same version. Raises InputError for an
     unreadable configuration or manifest.
     """

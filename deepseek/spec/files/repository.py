@@ -12,13 +12,13 @@ from deepseek.spec.files.folders import SCRATCH
 
 CONFIG = "config.pbtxt"
 ENGINE = "engine"
-"""For a model that takes texts and calls the engine's model: the folder in its version that holds the engine's model,
+"""For a model that takes strings and calls the engine's model: the folder in its version that holds the engine's model,
 and the parameter of its `config.pbtxt` that names that model."""
 KEPT_VERSIONS = 3  # the served version and two to roll back to
 
 
 def engine_model(version: Path, name: str) -> Path:
-    """Folder of the engine's model, inside the version of a model `name` that takes texts for it."""
+    """Folder of the engine's model, inside the version of a model `name` that takes strings for it."""
     return version / ENGINE / f"{name}_{ENGINE}"
 
 
