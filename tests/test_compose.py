@@ -246,7 +246,7 @@ def test_idle_connections_of_the_gateway_do_not_delay_a_stop(stack: Stack) -> No
 
 
 def test_an_engine_that_does_not_fit_is_not_served_and_the_log_says_why(stack: Stack, built: Path) -> None:
-    flags = ("--read-only", "--cap-drop", "ALL", "--tmpfs", "/tmp")
+    flags = ("--read-only", "--cap-drop", "ALL", "--tmpfs", "/tmp:exec")  # as in compose.yaml
     mount = f"--volume={built / 'repository' / 'text'}:/models/other:ro"
     command = ("docker", "run", "--rm", *flags, mount, f"{IMAGES}-server-cpu")
     done = run(*command, check=False, environment=stack.docker)
