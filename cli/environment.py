@@ -103,7 +103,7 @@ def set_up(venv: Path, needs: list[str]) -> None:
 
 
 def missing(venv: Path, needs: list[str]) -> list[str]:
-    """The needs whose stamp is missing or has another digest, and all needs of a clone that was moved."""
+    """The needs whose stamp is missing or has another digest. If the clone was moved, all of them."""
     found = []
     for need in needs:
         try:

@@ -23,7 +23,6 @@ from tokenizers import Encoding, Tokenizer
 ROLES = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 RUN_TOKENS = 16  # what a run costs besides its tokens: all-MiniLM-L6-v2 on one core takes 4.2 ms and 0.27 ms a token
 PADDING_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # where the file does not name one
-PAIR = ("a 1", "a 1")
 Text = str | tuple[str, str]
 """A text, or a pair of texts."""
 
@@ -80,7 +79,8 @@ class TextEncoder:
         self.tokenizer.no_padding()  # `batch` pads to the longest row of its own batch
         # The fast way leaves out offsets, and the types of a pair's tokens unless the file's post-processor sets them.
         whole, fast = self.tokenizer.encode_batch, self.tokenizer.encode_batch_fast
-        slow = offsets or (pairs and whole([PAIR])[0].type_ids != fast([PAIR])[0].type_ids)
+        types_differ = pairs and whole([("a", "b")])[0].type_ids != fast([("a", "b")])[0].type_ids
+        slow = offsets or ("token_type_ids" in inputs and types_differ)
         self._encode = whole if slow else fast
         self._cuts_left = truncation.get("direction") == "left"
         self._special = self.tokenizer.num_special_tokens_to_add(pairs)

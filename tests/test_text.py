@@ -189,7 +189,7 @@ def test_a_bad_text_fails_alone(server: EmbeddedServer) -> None:
 
 
 def test_a_request_that_triton_should_refuse_fails_alone(server: EmbeddedServer) -> None:
-    """Triton does not check the bytes of a parameter, nor over gRPC a batch of 0 that has the data of 1."""
+    """Triton does not check the bytes of a parameter. Over gRPC, it lets a batch of 0 pass that has the data of 1."""
     good = b'{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["ab"]}]'
 
     bodies = [good + b', "parameters": {"prompt_name": "\xff"}}', good + b"}", good + b"}"] * 40

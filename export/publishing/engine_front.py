@@ -28,8 +28,8 @@ def put_front(
 ) -> ModelConfig:
     """Writes the engine's model into a version's `folder`, but not the engine; returns the front's configuration.
 
-    `config` is that of the engine under the public name, with its warm-up of `row`. `names` are those of the items that
-    callers may send; None: the front takes texts.
+    `config` is the engine's, under the public name and with its warm-up of `row`. Callers may send `names` of items;
+    None: texts.
     """
     model = engine_model(folder, spec.name)
     front = ModelConfig(name=spec.name, backend="python", max_batch_size=config.max_batch_size)

@@ -88,7 +88,7 @@ class Run:
     def window(self) -> Stretch:
         """The measured window, without warm-up and late answers; it has every second."""
         found, duration_s = {each.second: each for each in self.seconds}, self.settings.duration_s
-        nothing = Second(0)  # of which there are no rows: all users waited for an answer, or no request was due
+        nothing = Second(0)  # a second without a row: all users waited for an answer, or no request was due
         inside = [found.get(second, nothing) for second in range(math.ceil(duration_s))]
         return Stretch(self.settings, inside, duration_s)
 

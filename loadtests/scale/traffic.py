@@ -85,6 +85,6 @@ def read_traffic(path: Path) -> np.ndarray:
         raise InputError(f"{path}: {(end_s - start_s) / DAY_S:.0f} days; at most {MOST_S // DAY_S} are allowed")
     # The mean over each tick, so that load within a tick counts.
     requests = np.concatenate([[0.0], np.cumsum(rates * np.diff(edges))])
-    count = math.ceil(round((end_s - start_s) / TICK_S, 6))  # the end is no tick of its own by a rounding error
+    count = math.ceil(round((end_s - start_s) / TICK_S, 6))  # a rounding error must not add a tick
     ticks = np.append(start_s + TICK_S * np.arange(count), end_s)
     return np.diff(np.interp(ticks, edges, requests)) / np.diff(ticks)

@@ -115,7 +115,7 @@ def completed_bounds(
 def more_requests(over: int, total: int, bounds: Bounds, limit: float, confidence: float) -> int | None:
     """About how many more requests decide, if they go on as so far; None if the share is too close to the limit."""
     found, independent = over / bounds.bursts, total / bounds.bursts
-    enough = math.log(1 - confidence) / math.log1p(-limit)  # independent requests, if none is over the limit
+    enough = math.log(1 - confidence) / math.log1p(-limit)  # independent requests, all inside the limit
 
     def decided(longer: float) -> bool:
         low, high = _clopper_pearson(found * longer, independent * longer, confidence)
