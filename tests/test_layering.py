@@ -34,6 +34,7 @@ TORCH_FILES = {f"export/stages/{name}.py" for name in ("prune", "to_onnx", "to_t
     "export/runtimes/torchscript_predictor.py",
     "export/checks/gpu_baselines.py",
     "export/model_folder.py",
+    "export/traceable.py",
 }
 FILES = [path for room in MAY_IMPORT for path in sorted(Path(room).rglob("*.py"))]
 

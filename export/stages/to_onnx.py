@@ -10,14 +10,11 @@ between, none of them the traced one if there is another: this finds dimensions 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import onnx
 import onnxruntime
@@ -25,8 +22,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules import transformer
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
@@ -51,6 +46,7 @@ from export.runtimes.pytorch_reference import (
     traced_sizes,
     weights_digest,
 )
+from export.traceable import innermost, traceable, with_any_attention
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 MOST_READ = 16  # times the calibration rows: samples() may be endless and give only evaluation rows
@@ -72,7 +68,7 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
     )
 
     def export() -> torch.onnx.ONNXProgram | None:
-        with quiet(), _traceable():
+        with quiet(), traceable():
             return torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
@@ -84,91 +80,13 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
             )
 
     try:
-        program = _with_any_attention(export)
+        program = with_any_attention(export)
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(_why_not_exported(error, folder_of(spec))) from error
     assert program is not None
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
     return graph
-
-
-def _with_any_attention(export: Callable[[], torch.onnx.ONNXProgram | None]) -> torch.onnx.ONNXProgram | None:
-    """Exports, if need be with PyTorch's plain attention.
-
-    Behind PyTorch's fused attention, `contiguous()` changes nothing, so the trace leaves it out. If each row has a
-    learned bias, as in T5 and Swin, the exporter computes plain attention instead, and fails at the `view` behind it.
-    """
-    try:
-        return export()
-    except torch.onnx.errors.OnnxExporterError as error:
-        if "Cannot view a tensor" not in str(_innermost(error)):
-            raise
-        with sdpa_kernel(SDPBackend.MATH):
-            return export()
-
-
-@contextlib.contextmanager
-def _traceable() -> Iterator[None]:
-    """Replaces what PyTorch 2.13 cannot trace in its own modules.
-
-    LSTM and GRU: the exporter computes shapes twice, and registers these only for the first time. In the second one it
-    loops over the sequence, so its length becomes a constant, for example in an attention layer behind the LSTM.
-
-    nn.Transformer: it compares a mask with the causal one. Without that it applies the mask, with the same result.
-
-    torch.distributions: they check the values of their arguments.
-
-    nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
-    """
-    with contextlib.ExitStack() as replaced:
-        with contextlib.suppress(ImportError):  # older versions lack them
-            from torch.export._patches import (
-                register_gru_while_loop_decomposition,
-                register_lstm_while_loop_decomposition,
-            )
-
-            replaced.enter_context(register_lstm_while_loop_decomposition())
-            replaced.enter_context(register_gru_while_loop_decomposition())
-        replaced.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal))
-        replaced.enter_context(mock.patch.object(torch.distributions.Distribution, "_validate_args", False))
-        replaced.enter_context(mock.patch.object(torch.nn.functional, "embedding_bag", _embedding_bag))
-        yield
-
-
-_bags_by_offsets = torch.nn.functional.embedding_bag
-
-
-def _embedding_bag(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    offsets: torch.Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: torch.Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> torch.Tensor:
-    """Bags of one size without padding are a sum, mean or maximum of an embedding; PyTorch's signature."""
-    if input.is_floating_point():  # the order of old versions
-        input, weight = weight, input
-    if input.dim() != 2 or max_norm is not None or padding_idx is not None:
-        bags = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
-        return _bags_by_offsets(input, weight, *bags, include_last_offset, padding_idx)
-    vectors = torch.nn.functional.embedding(input, weight)  # (B, N, D)
-    if per_sample_weights is not None:
-        vectors = vectors * per_sample_weights.unsqueeze(-1)
-    if mode == "max":
-        return vectors.amax(1)
-    return vectors.sum(1) if mode == "sum" else vectors.mean(1)
-
-
-def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:
-    """Whether the caller says that the mask is the causal one."""
-    return is_causal is True
 
 
 def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -179,14 +97,9 @@ def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, 
     return shapes
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """The first cause of an exception; the outer ones describe the exporter's own steps."""
-    return error if error.__cause__ is None else _innermost(error.__cause__)
-
-
 def _why_not_exported(error: BaseException, folder: Path) -> str:
     """One line from the innermost exception."""
-    error = _innermost(error)
+    error = innermost(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     place, _ = place_of(error, folder)
     if "data-dependent" in str(error) or "FakeTensor" in str(error):

@@ -146,7 +146,7 @@ def _within(line: Objective, seen: float, low: float, high: float) -> JudgedObje
     near, far = (low, high) if line.relation[0] == "<" else (high, low)
     figures: dict[str, Any] = {"low": low, "high": high}
     if math.isnan(low) and math.isnan(high):
-        return _with_status(line, seen, "inconclusive", "answers in less than two seconds; measure longer", **figures)
+        return _with_status(line, seen, "inconclusive", "too few seconds with answers; measure longer", **figures)
     if line.holds(far):
         return _with_status(line, seen, "holds", **figures)
     if not line.holds(near):

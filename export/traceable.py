@@ -1,0 +1,97 @@
+"""What PyTorch's ONNX exporter cannot trace in PyTorch's own modules, replaced while it runs.
+
+Contract: `traceable()` restores everything at its end; `with_any_attention` exports, and tries again if need be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules import transformer
+
+
+def with_any_attention(export: Callable[[], torch.onnx.ONNXProgram | None]) -> torch.onnx.ONNXProgram | None:
+    """Exports, if need be with PyTorch's plain attention.
+
+    Behind PyTorch's fused attention, `contiguous()` changes nothing, so the trace leaves it out. If each row has a
+    learned bias, as in T5 and Swin, the exporter computes plain attention instead, and fails at the `view` behind it.
+    """
+    try:
+        return export()
+    except torch.onnx.errors.OnnxExporterError as error:
+        if "Cannot view a tensor" not in str(innermost(error)):
+            raise
+        with sdpa_kernel(SDPBackend.MATH):
+            return export()
+
+
+@contextlib.contextmanager
+def traceable() -> Iterator[None]:
+    """Replaces what PyTorch 2.13 cannot trace in its own modules.
+
+    LSTM and GRU: the exporter computes shapes twice, and registers these only for the first time. In the second one it
+    loops over the sequence, so its length becomes a constant, for example in an attention layer behind the LSTM.
+
+    nn.Transformer: it compares a mask with the causal one. Without that it applies the mask, with the same result.
+
+    torch.distributions: they check the values of their arguments.
+
+    nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
+    """
+    with contextlib.ExitStack() as replaced:
+        with contextlib.suppress(ImportError):  # older versions lack them
+            from torch.export._patches import (
+                register_gru_while_loop_decomposition,
+                register_lstm_while_loop_decomposition,
+            )
+
+            replaced.enter_context(register_lstm_while_loop_decomposition())
+            replaced.enter_context(register_gru_while_loop_decomposition())
+        replaced.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal))
+        replaced.enter_context(mock.patch.object(torch.distributions.Distribution, "_validate_args", False))
+        replaced.enter_context(mock.patch.object(torch.nn.functional, "embedding_bag", _embedding_bag))
+        yield
+
+
+_bags_by_offsets = torch.nn.functional.embedding_bag
+
+
+def _embedding_bag(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """Bags of one size without padding are a sum, mean or maximum of an embedding; PyTorch's signature."""
+    if input.is_floating_point():  # the order of old versions
+        input, weight = weight, input
+    if input.dim() != 2 or max_norm is not None or padding_idx is not None:
+        bags = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+        return _bags_by_offsets(input, weight, *bags, include_last_offset, padding_idx)
+    vectors = torch.nn.functional.embedding(input, weight)  # (B, N, D)
+    if per_sample_weights is not None:
+        vectors = vectors * per_sample_weights.unsqueeze(-1)
+    if mode == "max":
+        return vectors.amax(1)
+    return vectors.sum(1) if mode == "sum" else vectors.mean(1)
+
+
+def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Whether the caller says that the mask is the causal one."""
+    return is_causal is True
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first cause of an exception; the outer ones describe the exporter's own steps."""
+    return error if error.__cause__ is None else innermost(error.__cause__)
