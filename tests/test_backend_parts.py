@@ -57,6 +57,9 @@ class Request:
     def requested_output_names(self) -> list[str]:
         return ["y"]
 
+    def get_response_sender(self) -> Any:
+        return self
+
 
 def model_of(backend: Any, run_rows: int, folder: Path) -> Any:
     """y = x + 1 and z = x, which fail if a row is negative; `ran` lists the rows of each run."""
@@ -78,6 +81,24 @@ def test_a_request_is_answered_when_its_last_row_is_computed(backend: Any, tmp_p
     found = list(model._responses([Request(1, 2, 3), Request(4), Request(5, 6)], model._results))
     assert found == [{}, {0: {"y": [[2], [3], [4]]}, 1: {"y": [[5]]}}, {2: {"y": [[6], [7]]}}]
     assert model.ran == [2, 2, 2]
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_execute_returns_the_answers_of_the_last_part_if_the_batcher_is_woken_in_time(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    monkeypatch.setattr(backend, "RETURNS", returns)
+    model, bulk = model_of(backend, 2, tmp_path), Request(9)
+    model.answers, model.no_online = SimpleQueue(), threading.Event()
+    model.bulk = SimpleNamespace(take=lambda request: request is bulk)
+    first, second, third = requests = [Request(1, 2), Request(3), Request(4)]
+    returned = model.execute([first, bulk, second, third])
+    sent = dict[Request, Any]()
+    while not model.answers.empty():
+        sent |= dict(zip(*model.answers.get(), strict=True))
+    answers = {first: {"y": [[2], [3]]}, second: {"y": [[4]]}, third: {"y": [[5]]}}
+    assert returned == ([None, None, answers[second], answers[third]] if returns else [None] * 4)
+    assert sent == {request: answers[request] for request in (requests[:1] if returns else requests)}
 
 
 def test_rows_run_in_equal_parts_and_all_at_once_without_a_limit(backend: Any, tmp_path: Path) -> None:

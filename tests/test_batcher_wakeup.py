@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from serving.embedded.batcher_wakeup import MISSING, library, preload
@@ -92,3 +93,5 @@ def test_a_server_loads_it_or_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "triton.log") as server:
         assert (MISSING in server.notes) == (compiler == "none")
         assert ("libwakeup" in Path(f"/proc/{server.pid}/maps").read_text()) == (compiler == "cc")
+        read_by_backend = [each.environ().get("LD_PRELOAD", "") for each in psutil.Process(server.pid).children()]
+        assert {"libwakeup" in each for each in read_by_backend} == {compiler == "cc"}

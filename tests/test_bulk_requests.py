@@ -18,7 +18,7 @@ from deepseek_client import BULK, InferenceClient
 from onnx import TensorProto, helper
 
 from serving.backend import bulk_requests
-from serving.backend.bulk_requests import BulkRequests
+from serving.backend.bulk_requests import BulkRequests, Copy
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
 from tests.gateway import wait_for
@@ -45,9 +45,12 @@ class Request:
     def requested_output_names(self) -> list[str]:
         return []
 
+    def get_response_sender(self) -> str:
+        return self.name
+
 
 class Held:
-    """Bulk requests whose batches run once `go` is set, of up to 4 rows. Each request is its own response sender."""
+    """Bulk requests whose batches run once `go` is set, of up to 4 rows. A request's sender is its name."""
 
     def __init__(self, wait_us: int) -> None:
         self.go, self.begun = threading.Event(), threading.Event()
@@ -55,16 +58,16 @@ class Held:
         self.refused: dict[str, str] = {}
         policy = {"max_queue_size": PLACES, "default_timeout_microseconds": str(wait_us)}
         self.requests = BulkRequests(
-            policy, 4, {"x"}, self._answer, lambda request, why: self.refused.update({request: why})
+            policy, 4, {"x"}, self._answer, lambda each, why: self.refused.update({each.get_response_sender(): why})
         )
 
-    def _answer(self, sent: Sequence[tuple[Any, Any]]) -> None:
+    def _answer(self, requests: Sequence[Copy]) -> None:
         self.begun.set()
         self.go.wait()
-        self.batches.append([sender for _, sender in sent])
+        self.batches.append([request.get_response_sender() for request in requests])
 
     def take(self, *requests: Request) -> list[bool]:
-        return [self.requests.take(request, request.name) for request in requests]
+        return [self.requests.take(request) for request in requests]
 
 
 @contextmanager

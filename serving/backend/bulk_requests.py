@@ -51,6 +51,7 @@ class Copy:
     def __init__(self, request: Any, texts: Collection[str]) -> None:
         self._tensors = [CopiedTensor(tensor, tensor.name() in texts) for tensor in request.inputs()]
         self._parameters, self._outputs = request.parameters(), request.requested_output_names()
+        self._sender = request.get_response_sender()
 
     def inputs(self) -> list[CopiedTensor]:
         return self._tensors
@@ -61,13 +62,15 @@ class Copy:
     def requested_output_names(self) -> Any:
         return self._outputs
 
+    def get_response_sender(self) -> Any:
+        return self._sender
+
 
 @dataclass(frozen=True)
 class Waiting:
     """A request that waits."""
 
     request: Copy
-    sender: Any
     rows: int
     kind: tuple
     """Only requests of one kind can run in one batch: names and shapes of the inputs, without the rows."""
@@ -83,13 +86,13 @@ class BulkRequests:
         policy: Mapping[str, Any],
         most_rows: int,
         texts: Collection[str],
-        answer: Callable[[Sequence[tuple[Any, Any]]], None],
-        refuse: Callable[[Any, str], None],
+        answer: Callable[[Sequence[Copy]], None],
+        refuse: Callable[[Copy, str], None],
     ) -> None:
         """`policy` is that of Triton's queue for bulk requests; `most_rows` are those of a batch.
 
         `texts` names the inputs that hold strings.
-        `answer` runs a batch of requests with their response senders; `refuse` answers one with the reason.
+        `answer` runs a batch of requests; `refuse` answers one with the reason.
         """
         self._places = policy["max_queue_size"] or math.inf
         self._wait_s = int(policy["default_timeout_microseconds"]) / 1e6 or math.inf
@@ -100,7 +103,7 @@ class BulkRequests:
         self._ended = False
         self._thread.start()
 
-    def take(self, request: Any, sender: Any) -> bool:
+    def take(self, request: Any) -> bool:
         """Whether the request is a bulk one; then it is answered later, or refused because too many wait."""
         try:
             parameters = request.parameters()
@@ -112,13 +115,13 @@ class BulkRequests:
         shapes = {tensor.name(): tensor.as_numpy().shape or (0,) for tensor in copy.inputs()}  # () has no rows
         wait_s = min(self._wait_s, request.timeout() / 1e6 or self._wait_s)
         kind = tuple(sorted((name, shape[1:]) for name, shape in shapes.items()))
-        waiting = Waiting(copy, sender, next(iter(shapes.values()))[0], kind, monotonic() + wait_s)
+        waiting = Waiting(copy, next(iter(shapes.values()))[0], kind, monotonic() + wait_s)
         with self._changed:
             if taken := len(self._waiting) < self._places:
                 self._waiting.append(waiting)
                 self._changed.notify()
         if not taken:
-            self._refuse(sender, f"{self._places} bulk requests wait already")
+            self._refuse(copy, f"{self._places} bulk requests wait already")
         return True
 
     def close(self) -> None:
@@ -128,7 +131,7 @@ class BulkRequests:
             self._changed.notify()
         self._thread.join()
         for waiting in self._waiting:
-            self._refuse(waiting.sender, "the server stops")
+            self._refuse(waiting.request, "the server stops")
 
     def _run(self) -> None:
         os.nice(NICE)  # of this thread alone
@@ -139,9 +142,9 @@ class BulkRequests:
                     return
                 late, batch = self._next()
             for waiting in late:
-                self._refuse(waiting.sender, "a bulk request waited too long")
+                self._refuse(waiting.request, "a bulk request waited too long")
             if batch:
-                self._answer([(waiting.request, waiting.sender) for waiting in batch])
+                self._answer([waiting.request for waiting in batch])
 
     def _next(self) -> tuple[list[Waiting], list[Waiting]]:
         """Those that waited too long, and the next batch: the first that waits, and those behind it that fit."""

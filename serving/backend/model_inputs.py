@@ -63,7 +63,7 @@ class ModelInputs:
         """As `in_parts`."""
         return in_parts([request.feed for request in requests], self._run_rows, outputs, run)
 
-    def answer(self, request: Feed, results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def answer(self, request: Feed, results: dict[str, np.ndarray], _asked: object) -> dict[str, np.ndarray]:
         """What to send for a request."""
         return {**results, **self._added(request.feed)} if self._added else results
 

@@ -16,9 +16,9 @@ INVALID_ARG (HTTP 400): sizes outside the profile or inconsistent, texts that ar
 ONNX Runtime rejects, such as an id outside the vocabulary. All other errors are the server's: INTERNAL (HTTP 500).
 Triton counts every answer as a success, even an error, so this module counts failures itself.
 
-A separate thread sends the answers, the last ones after `execute` has returned. Otherwise a client's next request can
-be queued before the instance is free, and a Triton without `serving/embedded/batcher_wakeup.c` can miss it
-(docs/triton.md).
+`execute` returns the answers of the last part, and a separate thread sends the others. A Triton without
+`serving/embedded/batcher_wakeup.c` can miss a request that is queued before the instance is free (docs/triton.md).
+There the thread sends all answers, the last ones after `execute` has returned, so that it happens less often.
 
 Tensors are passed as DLPack: the embedded server's stub was compiled for numpy 1. Under numpy 2 its `as_numpy()` has
 zero strides and its `Tensor(name, array)` sends zero bytes, both silently.
@@ -59,6 +59,8 @@ _VOCABULARY_COUNTERS = {
     "onnxruntime_vocabulary_names": "Names of items that callers sent",
     "onnxruntime_vocabulary_unknown_names": "Names that the vocabulary does not have",
 }
+RETURNS = "libwakeup" in os.environ.get("LD_PRELOAD", "")
+"""Whether `execute` may return answers: 1.07 times the requests/s of the recommender."""
 _BULK = "2"  # Triton's priority of bulk requests
 _COUNTING = threading.Lock()
 _USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name
@@ -143,34 +145,42 @@ class TritonPythonModel:
         if opened.provider == "cpu" and instances * threads > cores():
             self.slots = ComputeSlots(path, max(1, cores() // threads))
 
-    def execute(self, requests: list) -> None:
-        """Runs a batch without its bulk requests, which are answered later."""
-        sent = [(request, request.get_response_sender()) for request in requests]
-        if self.bulk is not None:
-            sent = [each for each in sent if not self.bulk.take(*each)]
-        if sent:
+    def execute(self, requests: list) -> list:
+        """Runs a batch. Returns the answers of its last part; the others are sent, those of bulk requests later."""
+        answers: list[Any] = [None] * len(requests)
+        places = [place for place, request in enumerate(requests) if not (self.bulk and self.bulk.take(request))]
+        if places:
             self.no_online.clear()
             try:
-                self._answer(sent, self._results)
+                last = self._answer([requests[place] for place in places], self._results, RETURNS)
             finally:
                 self.no_online.set()
+            for number, response in last.items():
+                answers[places[number]] = response
+        return answers
 
-    def _answer(self, sent: Sequence[tuple[Any, Any]], run: Run) -> None:
-        """Runs a batch; the sender thread sends each answer through its request's response sender."""
-        requests, senders = zip(*sent, strict=True)
+    def _answer(self, requests: Sequence, run: Run, returns: bool) -> dict[int, Any]:
+        """Runs a batch; each answer is sent as soon as it is complete, but the last ones are returned if `returns`."""
+        left, last = len(requests), dict[int, Any]()
         for responses in self._responses(requests, run):
-            self.answers.put(([senders[place] for place in responses], list(responses.values())))
+            left -= len(responses)
+            if returns and not left:
+                last = responses
+                continue
+            senders = [requests[place].get_response_sender() for place in responses]
+            self.answers.put((senders, list(responses.values())))
+        return last
 
-    def _answer_bulk(self, sent: Sequence[tuple[Any, Any]]) -> None:
+    def _answer_bulk(self, requests: Sequence) -> None:
         try:
-            self._answer(sent, self._bulk_results)
+            self._answer(requests, self._bulk_results, False)
         except Exception as error:  # Triton does the same for those of `execute`
-            for _, sender in sent:
-                self.answers.put(([sender], [self._failure(error)]))
+            for request in requests:
+                self.answers.put(([request.get_response_sender()], [self._failure(error)]))
 
-    def _refuse_bulk(self, sender: object, reason: str) -> None:
+    def _refuse_bulk(self, request: Any, reason: str) -> None:
         error = pb_utils.TritonError(reason, pb_utils.TritonError.UNAVAILABLE)
-        self.answers.put(([sender], [pb_utils.InferenceResponse(error=error)]))
+        self.answers.put(([request.get_response_sender()], [pb_utils.InferenceResponse(error=error)]))
 
     def _send(self) -> None:
         while (batch := self.answers.get()) is not None:
@@ -242,9 +252,8 @@ class TritonPythonModel:
                 left[place] -= 1
                 if not left[place]:
                     part = slice(ends[place] - sizes[place], ends[place])
-                    answer = reader.answer(
-                        read[place], {name: _stacked(values[part]) for name, values in whole.items()}
-                    )
+                    results = {name: _stacked(values[part]) for name, values in whole.items()}
+                    answer = reader.answer(read[place], results, asked[place])
                     done[place] = pb_utils.InferenceResponse(
                         [_tensor(name, array) for name, array in answer.items() if name in asked[place]]
                     )

@@ -114,7 +114,7 @@ class TextRequests:
             yield places, found
         self._count(sum(map(len, rows)), padded)
 
-    def answer(self, _: object, results: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def answer(self, _: object, results: dict[str, np.ndarray], _asked: object) -> dict[str, np.ndarray]:
         """What to send for a request."""
         return results
 

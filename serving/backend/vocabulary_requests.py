@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,13 @@ HISTORY, K = "history", "k"
 SKUS, TITLES = "skus", "titles"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True)  # frozen would take more time than the rest of it
 class NamedRequest:
     """A request as the model takes it."""
 
     feed: dict[str, np.ndarray]
     """The model's inputs, (batch, width)."""
     k: int
-    asks_names: bool
-    """Whether the caller asked for an output with names, as callers do that ask for all."""
     names: int
     """How many names were sent."""
     unknown: np.ndarray
@@ -58,15 +56,11 @@ class VocabularyRequests:
         self._items, self._cut, self._dtypes = given["items"], given["cut"], dtypes
         self._vocabulary = Vocabulary(os.path.join(folder, "catalogue.csv"))
 
-    def read(self, tensors: Mapping[str, Any], request: Any) -> NamedRequest:
+    def read(self, tensors: Mapping[str, Any], _: object) -> NamedRequest:
         """The request with these inputs. Raises ValueError with the reason if it cannot be taken."""
-        sent = {
-            name: tensor.as_numpy() if self._dtypes[name] == "string" else np.from_dlpack(tensor)
-            for name, tensor in tensors.items()
-        }
+        sent = {name: tensor.as_numpy() for name, tensor in tensors.items()}
         if any(array.ndim != 2 for array in sent.values()):
             raise ValueError(NO_ROWS)
-        asks_names = not {SKUS, TITLES}.isdisjoint(request.requested_output_names())
         batch = len(next(iter(sent.values())))
         feed, names, unknown = {}, 0, np.zeros((batch, 1), np.int32)
         for source, (name, width) in self.fills.items():
@@ -83,7 +77,7 @@ class VocabularyRequests:
                 known = [number for number in self._vocabulary.ids(kept) if number]
                 names, unknown[place] = names + len(kept), unknown[place] + len(kept) - len(known)
                 self._fill(feed[name][place], source, row, known)
-        return NamedRequest(feed=feed, k=self._k(sent.get(K)), asks_names=asks_names, names=names, unknown=unknown)
+        return NamedRequest(feed, self._k(sent.get(K)), names, unknown)
 
     def _fill(self, target: np.ndarray, source: str, row: np.ndarray, known: list[int]) -> None:
         """Writes the known ids of a row to the end of `target`: the latest of a history, all that are excluded."""
@@ -111,19 +105,21 @@ class VocabularyRequests:
     ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """As `in_parts`."""
         yield from in_parts([request.feed for request in requests], self._run_rows, outputs, run)
-        unknown = sum(int(request.unknown.sum()) for request in requests)
-        self._count(sum(request.names for request in requests), unknown)
+        named = [request for request in requests if request.names]
+        self._count(sum(each.names for each in named), sum(int(each.unknown.sum()) for each in named))
 
-    def answer(self, request: NamedRequest, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def answer(
+        self, request: NamedRequest, results: Mapping[str, np.ndarray], asked: Collection[str]
+    ) -> dict[str, np.ndarray]:
         """The model's outputs for a request with k items each, their names and titles, and the unknown names.
 
-        Names and titles only if the caller asked for an output with names.
+        Names and titles only if they are among the outputs that the caller asked for, as all are by default.
         """
         found = {
             name: np.ascontiguousarray(array[:, : request.k]) if name in self._cut else array
             for name, array in results.items()
         }
-        if not request.asks_names:
+        if SKUS not in asked and TITLES not in asked:
             return {**found, "unknown": request.unknown}
         ids = found[self._items]
         ids = np.where((ids > 0) & (ids <= len(self._vocabulary)), ids, 0)
