@@ -160,7 +160,7 @@ class Option:
             raise Misuse(f"{where}: seen {text!r}; allowed: {allowed}{suggestion(text, self.choices)}")
         try:
             return self.kind(text)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             needed = f"{self.kind.needed} is needed" if isinstance(self.kind, Number) else NEEDED.get(self.kind)
             raise Misuse(f"{where}: seen {text!r}; {needed or error}") from None
 

@@ -303,6 +303,7 @@ def test_a_disk_that_fills_during_a_run_ends_it_in_one_line(tiny: tuple[Embedded
         ({"inputs": "none.npz"}, "none.npz: no such file; correct --inputs"),
         ({"inputs": "shop/evaluation.npz"}, "no such file; build the model first: make engine MODEL=shop"),
         ({"rate_rps": 1e9}, "plans 2000000000 requests"),
+        ({"rate_rps": 1e308}, "plans inf requests"),
         ({"users": 3}, "give one of --rate"),
         ({"rate_rps": None, "users": 600}, "at most 512"),
     ],
@@ -328,7 +329,7 @@ SAVED = asdict(load_settings(rate_rps=5.0))
         (json.dumps({**SAVED, "duration_s": -1.0}), "duration_s: Input should be greater than 0"),
         (json.dumps({**SAVED, "warmup_s": -1.0}), "warmup_s: Input should be greater than or equal to 0"),
         (json.dumps({**SAVED, "rate_rps": None, "shape": "fast"}), "--shape 'fast': seen 'fast'"),
-        (json.dumps({**SAVED, "rate_rps": None, "shape": "0.01x9"}), "--shape 0.01x9 plans 0 requests"),
+        (json.dumps({**SAVED, "rate_rps": None, "shape": "0.01x9"}), "--shape 0.01x9 plans 0.09 requests"),
     ],
 )
 def test_wrong_settings_of_locust_alone_are_one_line(tmp_path: Path, content: str | None, message: str) -> None:

@@ -189,6 +189,8 @@ def test_each_rate_of_a_file_holds_until_the_next(tmp_path: Path) -> None:
     assert read_traffic(path).tolist() == [820, 820, 0, 0]
     path.write_text("seconds,rate_rps\n0.03,10\n5.03,20\n")  # 5.03 + 5 is more than 10.03
     assert read_traffic(path) == pytest.approx([10, 20])
+    path.write_text("seconds,rate_rps\n0,10\n1e-9,10\n")
+    assert read_traffic(path) == pytest.approx([10])
 
 
 @pytest.mark.parametrize(
@@ -196,9 +198,10 @@ def test_each_rate_of_a_file_holds_until_the_next(tmp_path: Path) -> None:
     [
         ("", "line 1: seen ''"),
         ("time,rate\n0,1\n", "line 1: seen 'time,rate'"),
-        ("seconds,rate_rps\n0,1\n\n", "1 rates; at least two are needed"),
+        ("seconds,rate_rps\n0,1\n\n# the night\n", "1 rates; at least two are needed"),
         ("seconds,rate_rps\n0,1\n5,x\n", "could not convert string 'x'"),
         ("seconds,rate_rps\n0,1\n5,-2\n", "rates must be 0 or more"),
+        ("seconds,rate_rps\n0,1\n5,1e308\n", "a number is too large"),
         ("seconds,rate_rps\n0,1\n\n5,2\n5,3\n", "seconds must increase: 5 follows 5"),
         ("seconds,rate_rps\n0,1\n9e9,2\n", "days; at most 31"),
     ],
@@ -256,6 +259,7 @@ def test_the_cheapest_target_that_holds_is_chosen() -> None:
 
 def test_targets_are_the_curves_values_at_shares_of_the_capacity() -> None:
     assert targets(CURVE, "rate") == [400, 500, 600, 700, 800, 900]
+    assert targets(replace(CURVE, capacity_rps=0.1), "rate") == [0.04, 0.05, 0.06, 0.07, 0.08, 0.09]
     assert targets(CURVE, "queue")[-1] == 1.0
     assert targets(CURVE, "queue")[-2] == pytest.approx(CURVE.queue_ratio(900), abs=1e-3)
     assert targets(replace(CURVE, queue=()), "queue") == []
@@ -297,7 +301,10 @@ def test_if_no_setting_holds_the_command_names_the_nearest(tmp_path: Path, measu
         (("--capacity", "nosuch.json"), "nosuch.json: no such file; make it with: make capacity"),
         (("--model", "minilm"), "of the model 'recommender', not of 'minilm'"),
         (("--max-replicas", "1"), "--max-replicas: seen '1'; a whole number, 2 or more, is needed"),
+        (("--late", "5"), "--late: seen '5'; a share, 0 to 1, is needed"),
         (("--traffic", "nosuch.csv"), "nosuch.csv: No such file"),
+        (("--traffic", "flat", "--peak-rps", "1e12"), "needs more than 10000 pods of 900/s each"),
+        (("--pods-per-node", "9" * 400), f"--pods-per-node: seen '{'9' * 400}'; a whole number, 1 or more, is needed"),
     ],
 )
 def test_bad_input_is_one_line(measured: tuple[str, ...], flags: tuple[str, ...], message: str) -> None:

@@ -189,7 +189,11 @@ SIMULATE_SCALE = Command(
         Option("--peak-rps", "peak of the shape (default: five times the capacity)", kind=POSITIVE),
         Option("--seed", "seed of the shape's noise", kind=at_least(0), default=0),
         Option("--metric", "try only this metric (default: both)", choices=("queue", "rate")),
-        Option("--late", "share of the requests that may be late (default: the SLO's error rate)", kind=NOT_NEGATIVE),
+        Option(
+            "--late",
+            "share of the requests that may be late (default: the SLO's error rate)",
+            kind=Number("a share, 0 to 1,", least=0, most=1),
+        ),
         Option(
             "--margin",
             "share by which a pod serves less than measured",

@@ -91,11 +91,11 @@ def check_numbers(settings: LoadSettings) -> None:
             "default rate"
         )
     if settings.open_loop:
-        planned = sum(segment.arrivals for segment in settings.segments)
-        if not 1 <= planned <= MOST_REQUESTS:
+        planned = sum(segment.area for segment in settings.segments)
+        if planned > MOST_REQUESTS or not any(segment.arrivals for segment in settings.segments):
             what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s" if settings.rate_rps else None
             raise InputError(
-                f"{what or f'--shape {settings.shape}'} plans {planned} requests; allowed: 1 to {MOST_REQUESTS}"
+                f"{what or f'--shape {settings.shape}'} plans {planned:.10g} requests; allowed: 1 to {MOST_REQUESTS}"
             )
     elif settings.users is not None and settings.mix is None and settings.users < settings.workers:
         raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs at least one")

@@ -33,10 +33,15 @@ class Segment:
     end_rps: float | None = None
 
     @property
-    def arrivals(self) -> int:
-        """The number of requests: the area under the rate."""
+    def area(self) -> float:
+        """The area under the rate; infinite if it is too large for a float."""
         end_rps = self.rate_rps if self.end_rps is None else self.end_rps
-        return round((self.rate_rps + end_rps) / 2 * self.duration_s)
+        return (self.rate_rps / 2 + end_rps / 2) * self.duration_s
+
+    @property
+    def arrivals(self) -> int:
+        """The number of requests: the area, rounded."""
+        return round(self.area)
 
     def time_at(self, share: np.ndarray) -> np.ndarray:
         """Seconds into the segment after which `share` (0 to 1) of its arrivals are due."""
@@ -55,13 +60,16 @@ def segments_of(shape: str) -> tuple[Segment, ...]:
     segments = []
     for part in shape.split(","):
         found = _SEGMENT.fullmatch(part.strip())
-        if found is None or int(found[3]) == 0 or not 0 < float(found[1]) + float(found[2] or 0) < math.inf:
+        numbers = [0.0] if found is None else [float(each) for each in found.groups("0")]
+        if found is None or not max(numbers) < math.inf or not sum(numbers[:2]) or not numbers[2]:
             raise InputError(
                 f"--shape {shape!r}: seen {part.strip()!r}; a segment is RATExSECONDS or RATE-RATExSECONDS, with "
                 'whole seconds above 0, such as "50x30, 50-200x60, 200x30"'
             )
-        end = None if found[2] is None else float(found[2])
-        segments.append(Segment(duration_s=int(found[3]), rate_rps=float(found[1]), end_rps=end))
+        rate_rps, end_rps, duration_s = numbers
+        segments.append(
+            Segment(duration_s=duration_s, rate_rps=rate_rps, end_rps=None if found[2] is None else end_rps)
+        )
     return tuple(segments)
 
 

@@ -35,6 +35,7 @@ from loadtests.search.capacity_result import Capacity, capacity_path
 from loadtests.slo.slo_demands import latency_limits
 
 DEFAULT_PEAK = 5.0  # servers
+MOST_PODS = 10_000  # at the peak
 ROWS = 12  # of the table; scale.json has all
 
 
@@ -49,7 +50,13 @@ def main(options: argparse.Namespace) -> None:
         console.print(f"note: {capacity.sentence}", soft_wrap=True)
     curve, settings = ServiceCurve.of(capacity).slowed(options.margin), cluster_settings(options, spec, capacity.target)
     rates, traffic = traffic_of(options, capacity)
-    peak_pods = math.ceil(float(rates.max()) / curve.capacity_rps)
+    peak_rps = float(rates.max())
+    if not peak_rps <= MOST_PODS * curve.capacity_rps:  # NaN is refused too
+        raise InputError(
+            f"the traffic's peak, {peak_rps:g} requests/s, needs more than {MOST_PODS} pods of "
+            f"{curve.capacity_rps:g}/s each; give a lower one (--peak-rps, --traffic)"
+        )
+    peak_pods = math.ceil(peak_rps / curve.capacity_rps)
     max_replicas = options.max_replicas or max(LEAST_REPLICAS, 2 * peak_pods)
     metrics: list[Metric] = [options.metric] if options.metric else list(get_args(Metric))
     wanted = [each for each in candidates(curve, metrics, peak_pods) if each[2] <= max_replicas]

@@ -18,6 +18,7 @@ from loadtests.scale.autoscaler import Autoscaler
 from loadtests.scale.cluster import ClusterSettings, Metric, replay
 from loadtests.scale.service_curve import ServiceCurve
 from loadtests.scale.traffic import TICK_S
+from loadtests.search.highest_rate import rounded
 
 Candidate = tuple[Metric, float, int]
 """Metric, target and minimum of replicas."""
@@ -83,7 +84,7 @@ class TargetChoice:
 def targets(curve: ServiceCurve, metric: Metric) -> list[float]:
     """The targets to try: the metric's values at shares of the capacity, and the customary ratio."""
     if metric == "rate":
-        return [round(share * curve.capacity_rps, 1) for share in SHARES]
+        return [rounded(share * curve.capacity_rps) for share in SHARES]
     if not curve.queue:
         return []
     found = {round(curve.queue_ratio(share * curve.capacity_rps), 3) for share in SHARES} | {CUSTOMARY_RATIO}

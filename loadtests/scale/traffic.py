@@ -63,7 +63,7 @@ def _noise(count: int, seed: int) -> np.ndarray:
 def read_traffic(path: Path) -> np.ndarray:
     """Rates in requests/s from a file; InputError if it cannot be read or is invalid."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.partition("#")[0].strip()]
         head = [cell.strip() for cell in lines[0].split(",")] if lines else []
         if head != ["seconds", "rate_rps"]:
             raise ValueError(f"line 1: seen {','.join(head)!r} instead of seconds,rate_rps")
@@ -74,17 +74,17 @@ def read_traffic(path: Path) -> np.ndarray:
         why, shapes = getattr(error, "strerror", None) or error, ", ".join(get_args(Shape))
         raise InputError(f"{path}: {why}; give a CSV file or one of the shapes {shapes}") from None
     steps_s = np.diff(times)
-    if not (np.isfinite(times).all() and np.isfinite(rates).all() and (rates >= 0).all()):
-        raise InputError(f"{path}: a rate is negative or a number is not finite; rates must be 0 or more")
+    may_sum = float(rates.max()) * len(rates) * MOST_S < math.inf
+    if not (np.isfinite(times).all() and may_sum and (rates >= 0).all()):
+        raise InputError(f"{path}: a rate is negative, or a number is too large or none; rates must be 0 or more")
     if (steps_s <= 0).any():
         early = int(np.argmax(steps_s <= 0))
         raise InputError(f"{path}: seconds must increase: {times[early + 1]:g} follows {times[early]:g}")
-    edges = np.append(times, times[-1] + steps_s[-1])
-    start_s, end_s = edges[0], edges[-1]
-    if end_s - start_s > MOST_S:
-        raise InputError(f"{path}: {(end_s - start_s) / DAY_S:.0f} days; at most {MOST_S // DAY_S} are allowed")
+    edges = np.append(times, times[-1] + steps_s[-1]) - times[0]
+    if edges[-1] > MOST_S:
+        raise InputError(f"{path}: {edges[-1] / DAY_S:.0f} days; at most {MOST_S // DAY_S} are allowed")
     # The mean over each tick, so that load within a tick counts.
     requests = np.concatenate([[0.0], np.cumsum(rates * np.diff(edges))])
-    count = math.ceil(round((end_s - start_s) / TICK_S, 6))  # a rounding error must not add a tick
-    ticks = np.append(start_s + TICK_S * np.arange(count), end_s)
+    count = max(1, math.ceil(round(edges[-1] / TICK_S, 6)))  # a rounding error must not add a tick
+    ticks = np.append(TICK_S * np.arange(count), edges[-1])
     return np.diff(np.interp(ticks, edges, requests)) / np.diff(ticks)
