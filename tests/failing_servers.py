@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import select
 import shutil
@@ -21,6 +22,7 @@ import grpc
 import numpy as np
 import pytest
 from deepseek_client import AsyncInferenceClient, InferenceClient, PreparedRequest
+from deepseek_client.options import ClientOptions
 
 from serving.embedded.launcher import EmbeddedServer
 
@@ -88,6 +90,12 @@ class Relay:
     def reopen(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", self.port))
         threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+
+def options_of(**changes: Any) -> ClientOptions:
+    """A client's options, by default the client's own."""
+    parameters = inspect.signature(InferenceClient).parameters.values()
+    return ClientOptions(**{each.name: each.default for each in parameters if each.name != "url"} | changes)
 
 
 @contextlib.contextmanager

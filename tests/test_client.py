@@ -271,6 +271,14 @@ def test_a_model_with_a_new_signature_needs_no_new_client(tmp_path: Path, protoc
             assert client.infer("add_one", {"x": np.ones((1, 3, 1), np.float32)})["y"].tolist() == [[[2], [2], [2]]]
 
 
+@pytest.mark.parametrize("model", [["add_one"], 5, None])
+def test_a_model_whose_name_is_no_text_is_refused_and_not_counted(model: Any) -> None:
+    with InferenceClient("127.0.0.1:9") as client:
+        with pytest.raises(InvalidInput, match="pass a text"):
+            client.infer(model, {"x": X})
+        assert not client.statistics().models
+
+
 def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer) -> None:
     client = connect("grpc")
     client.close()
@@ -290,11 +298,14 @@ def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer)
         pytest.param({"url": ["a:1", "a:1"]}, "list of different ones", id="duplicate address"),
         pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
         pytest.param({"retries": -1}, "0 or more", id="retries"),
+        pytest.param({"retries": True}, "a whole number", id="retries as a truth"),
+        pytest.param({"idempotent": "no"}, "idempotent='no'; it must be True or False", id="idempotent as text"),
         pytest.param({"retry_budget": -1}, "a share of the calls", id="budget"),
         pytest.param({"hedge_after_ms": 5}, "set idempotent=True", id="hedge of a request that may not run twice"),
         pytest.param({"hedge_after_ms": "95", "idempotent": True}, "such as 'p95'", id="percentile"),
         pytest.param({"hedge_after_ms": 0, "idempotent": True}, "it must be milliseconds", id="hedge after 0 ms"),
         pytest.param({"shared_memory": "yes"}, "False, True or 'auto'", id="shared memory"),
+        pytest.param({"shared_memory": np.ones(2)}, "False, True or 'auto'", id="shared memory as an array"),
         pytest.param({"timeout_s": float("inf")}, "positive number of seconds", id="time-out"),
         pytest.param({"tls": "no"}, "tls='no'; it must be True or False", id="tls as text"),
         pytest.param({"ca_cert": 5}, "a file's path", id="certificate as a number"),

@@ -11,9 +11,10 @@ from deepseek_client import ConnectionLost, InferenceClient, InvalidInput
 from deepseek_client.concurrency import run
 from deepseek_client.grpc.message import encoded, timeout_field
 from deepseek_client.http.transport import HttpTransport
-from deepseek_client.options import ClientOptions
 from deepseek_client.transport import Deadline, PreparedRequest, Tensor
 from tritonclient.grpc import service_pb2
+
+from tests.failing_servers import options_of
 
 
 def request_of(**changes: Any) -> PreparedRequest:
@@ -94,7 +95,7 @@ class Sends:
 
 def test_the_time_sent_over_http_excludes_the_wait_for_a_connection() -> None:
     pool: Any = Sends()
-    transport = HttpTransport("h:1", pool, ClientOptions(urls=("h:1",), protocol="http"))
+    transport = HttpTransport("h:1", pool, options_of(urls=("h:1",), protocol="http"))
     with pytest.raises(ConnectionLost):
         run(transport.send(request_of(), Deadline(60)))
     told = re.search(rb'"timeout": (\d+)', pool.sent)

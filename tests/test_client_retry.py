@@ -24,7 +24,6 @@ from deepseek_client import (
     Unreachable,
 )
 from deepseek_client.concurrency import run
-from deepseek_client.options import ClientOptions
 from deepseek_client.resilience.replicas import Replica, Replicas
 from deepseek_client.resilience.retry import Retrier
 from deepseek_client.resilience.retry_budget import RESERVE, RetryBudget
@@ -40,6 +39,7 @@ from tests.failing_servers import (
     client_of,
     grpc_answering,
     kinds,
+    options_of,
     prepared,
     refuse,
     status,
@@ -86,7 +86,7 @@ def retrier_of(
     instant: Any = Instant(made, close_at)
     transport: Any = None
     replicas = Replicas([Replica(url, transport, None) for url in urls], instant)
-    made.append(Retrier(ClientOptions(urls=urls, **options), instant, replicas, counters))
+    made.append(Retrier(options_of(urls=urls, **options), instant, replicas, counters))
     return made[0], instant
 
 

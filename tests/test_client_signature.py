@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +104,44 @@ def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> Non
     assert filled(read_inputs(path, MODEL, row=2), 2)["ids"].tolist() == [[2, 2, 2]] * 2
     with pytest.raises(InvalidInput, match="no row 3; it has rows 0 to 2"):
         read_inputs(path, MODEL, row=3)
+
+
+def _npy(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def _damaged(path: Path) -> None:
+    np.savez_compressed(path, ids=np.arange(300).reshape(-1, 3))
+    content = bytearray(path.read_bytes())
+    content[50:90] = bytes(40)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "says"),
+    [
+        pytest.param("x.npz", _npy, "not an .npz file of plain arrays", id="npy"),
+        pytest.param("x.npz", _damaged, "not an .npz file of plain arrays", id="damaged"),
+        pytest.param("x.json", lambda path: path.write_text("[" * 100_000), "not JSON", id="endless"),
+        pytest.param("x.json", lambda path: path.write_text("[1]"), 'it must be an object: {"name of an', id="list"),
+    ],
+)
+def test_a_file_that_is_no_request_is_refused_in_one_line(
+    tmp_path: Path, name: str, write: Callable[[Path], object], says: str
+) -> None:
+    write(tmp_path / name)
+    with pytest.raises(InvalidInput, match=says):
+        read_inputs(tmp_path / name, dataclasses.replace(MODEL, inputs=()))
+
+
+@pytest.mark.parametrize(("datatype", "value"), [("INT64", 1), ("BYTES", "a")])
+def test_more_dimensions_than_numpy_iterates_over_are_refused(tmp_path: Path, datatype: str, value: Any) -> None:
+    (tmp_path / "x.json").write_text(f'{{"x": {"[" * 40}{json.dumps(value)}{"]" * 40}}}')
+    spec = TensorMetadata(name="x", datatype=datatype, shape=(-1,))
+    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=0)
+    with pytest.raises(InvalidInput, match="of 40 dimensions; the model takes 1"):
+        metadata.check(read_inputs(tmp_path / "x.json", metadata))
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ class ClientCore:
         headers: Headers | None = None,
     ) -> dict[str, np.ndarray]:
         """Runs the model and returns its outputs by name, as `InferenceClient.infer`; one call in the statistics."""
+        check_texts(model=model)  # the statistics are by its name
         deadline = self._deadline(timeout_s)
 
         async def both() -> dict[str, np.ndarray]:

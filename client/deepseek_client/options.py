@@ -31,20 +31,20 @@ TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOptions:
-    """The options of both clients; `InferenceClient` explains them."""
+    """The options of both clients; `InferenceClient` explains them and has the defaults."""
 
     urls: tuple[str, ...]
-    protocol: Literal["grpc", "http"] = "grpc"
-    timeout_s: float = 10.0
-    retries: int = 3
-    retry_budget: float | None = 0.1
-    idempotent: bool = False
-    hedge_after_ms: float | str | None = None
-    shared_memory: bool | Literal["auto"] = False
-    max_response_bytes: int | None = 128 * 2**20
-    tls: bool = False
-    ca_cert: str | Path | None = None
-    api_key: str | None = None
+    protocol: Literal["grpc", "http"]
+    timeout_s: float
+    retries: int
+    retry_budget: float | None
+    idempotent: bool
+    hedge_after_ms: float | str | None
+    shared_memory: bool | Literal["auto"]
+    max_response_bytes: int | None
+    tls: bool
+    ca_cert: str | Path | None
+    api_key: str | None
 
     def __post_init__(self) -> None:
         if self.protocol not in ("grpc", "http"):
@@ -54,17 +54,18 @@ class ClientOptions:
         for url in self.urls:
             check_url(url)
         checked_timeout(self.timeout_s)
-        if not isinstance(self.retries, int) or self.retries < 0:
+        if type(self.retries) is not int or self.retries < 0:
             raise InvalidInput(f"retries={self.retries!r}; it must be a whole number, 0 or more")
         if self.retry_budget is not None and not (_is_number(self.retry_budget) and self.retry_budget >= 0):
             raise InvalidInput(
                 f"retry_budget={self.retry_budget!r}; it must be a share of the calls, such as 0.1; None: no limit"
             )
-        if not isinstance(self.tls, bool):
-            raise InvalidInput(f"tls={self.tls!r}; it must be True or False")
+        for name, value in (("tls", self.tls), ("idempotent", self.idempotent)):
+            if not isinstance(value, bool):
+                raise InvalidInput(f"{name}={value!r}; it must be True or False")
         if not isinstance(self.ca_cert, str | Path | None):
             raise InvalidInput(f"ca_cert={self.ca_cert!r}; it must be a file's path")
-        if self.shared_memory not in (False, True, "auto"):
+        if type(self.shared_memory) not in (bool, str) or self.shared_memory not in (False, True, "auto"):
             raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
         if type(self.response_limit) is not int or not 0 < self.response_limit <= LARGEST_RESPONSE_BYTES:
             raise InvalidInput(

@@ -69,7 +69,7 @@ def listed_to_numpy(datatype: str, shape: Sequence[int], data: Any) -> np.ndarra
     if array.size != count:
         raise ValueError(f"{array.size} values for {datatype} {list(shape)}")
     if datatype == "BYTES":
-        encoded = [value if isinstance(value, bytes) else str.encode(value) for value in array.flat]
+        encoded = [value if isinstance(value, bytes) else str.encode(value) for value in array.ravel()]
         array = np.empty(count, object)
         array[:] = encoded
     array.flags.writeable = False
@@ -87,7 +87,7 @@ def exact_array(value: Any, datatype: str) -> np.ndarray:
         array = objects  # numpy would join 1.0 and 2**53 + 1, or 1 and 2**63, to inexact float64
     with np.errstate(all="ignore"):
         try:
-            if not set(map(type, objects.flat)) <= ({bool} if datatype == "BOOL" else {int, float}):
+            if not set(map(type, objects.ravel())) <= ({bool} if datatype == "BOOL" else {int, float}):
                 raise TypeError  # numpy would take [1, True] for integers
             cast = array.astype(target)
         except (OverflowError, TypeError, ValueError):

@@ -10,6 +10,7 @@ Contract: `read_inputs` returns arrays of the model's types, or raises InvalidIn
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,19 @@ def _from_npz(path: Path, row: int | None) -> dict[str, np.ndarray]:
                 _check_row(path, row or 0, len(rows))
                 return {name: file[key] for name, key in rows[row or 0].items()}
             return _picked(path, dict(file.items()), row)
-    except (ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: an .npy
         raise InvalidInput(f"{path}: not an .npz file of plain arrays ({error}); write one with numpy.savez") from None
 
 
 def _from_json(path: Path, metadata: ModelMetadata, row: int | None) -> dict[str, np.ndarray]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: not JSON ({error})") from None
     specs = {spec.name: spec for spec in metadata.inputs}
     if not isinstance(values, dict):
-        raise InvalidInput(f'{path}: a {type(values).__name__}; it must be an object: {{"{next(iter(specs))}": [...]}}')
+        name = next(iter(specs), "name of an input")
+        raise InvalidInput(f'{path}: a {type(values).__name__}; it must be an object: {{"{name}": [...]}}')
     arrays = {
         name: _exactly(f"{path}: {name!r}", value, specs[name]) if name in specs else np.array(None)
         for name, value in values.items()
