@@ -171,6 +171,16 @@ def test_any_client_can_send_names(server: EmbeddedServer) -> None:
     assert (status, answer["error"].endswith("k is 0; allowed: 1 to 5")) == (400, True)
 
 
+def test_the_classes_of_names_are_refused(server: EmbeddedServer) -> None:
+    """Triton itself would divide by 0 and end."""
+    inputs = [{"name": "history", "datatype": "BYTES", "shape": [1, 1], "data": ["SKU-1"]}]
+    for output, status in (("skus", 400), ("best", 200)):
+        outputs = [{"name": output, "parameters": {"classification": 2}}]
+        body = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
+        found, _, answer = call(server.http_url, "POST", "/v2/models/shop/infer", body)
+        assert found == status, answer
+
+
 def test_infer_sends_names_from_the_command_line(server: EmbeddedServer) -> None:
     place = ("infer", "--models", str(MODELS), "--url", server.grpc_url)
     names = ("--history", f"{NAMES[4]}, {NAMES[6]},unheard", "--exclude", NAMES[ranked([4, 6], [])[0]], "--k", "2")
