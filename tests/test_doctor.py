@@ -170,13 +170,20 @@ def test_a_damaged_engine_is_one_line(repository: Path, breakage: Callable[[Path
         (r"dims: 32(\s+input_data_file)", r"dims: 31\1", "warm-up file warmup/1-pixels has 12288 bytes, a row has "),
         (r"(?s)dynamic_batching \{.*?\n\}\n", "", "dynamic batching is off: every request"),
         ("^", "optimization { cuda { graph_spec { batch_size: 9 } } } ", "CUDA graphs are asked for batches of 9, but"),
-        ("versions: 1", "versions: 7", "its version_policy names no version that is here (1): nothing is served"),
         ("max_batch_size", "batch_size", 'cannot be read: 7:1 : Message type "inference.ModelConfig" has no field'),
     ],
 )  # fmt: skip
 def test_a_configuration_that_does_not_fit_the_engine(repository: Path, old: str, new: str, reason: str) -> None:
     edit_config(repository, old, new)
     assert lines(repository)[0].startswith(f"image/config.pbtxt: {reason}")
+
+
+def test_a_version_policy_that_names_no_version_is_a_mismatch(repository: Path) -> None:
+    (repository / "image" / "1" / "config.pbtxt").unlink()  # else the version is served with its own
+    edit_config(repository, "versions: 1", "versions: 7")
+    assert only(lines(repository)).startswith(
+        "image/config.pbtxt: its version_policy names no version that is here (1)"
+    )
 
 
 @pytest.mark.parametrize("name", ["notes", ".git", "lost+found"])

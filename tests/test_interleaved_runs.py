@@ -175,17 +175,21 @@ def test_a_name_of_no_known_kind_gives_a_one_line_error(tmp_path: Path, given: s
 
 
 @pytest.mark.parametrize(
-    ("common", "version", "takes"),
+    ("common", "version", "is_own"),
     [
-        ("of 2", 2, "of 2"),
-        ("of 2", 1, "of 1"),
-        ("of 1", 2, "of 2"),  # publishing was killed before it wrote the configuration of 2
-        ("mine", 2, "mine"),
+        ("versions: 2", 2, False),
+        ("versions: 2", 1, True),
+        ("versions: 1", 2, True),  # publishing was killed before it wrote the configuration of 2
+        ("versions: 3", 2, True),  # 3 was removed by hand
+        ("versions: [ 1, 2 ]", 2, False),
+        ("mine", 2, False),
     ],
 )
-def test_a_version_is_served_with_its_own_configuration(tmp_path: Path, common: str, version: int, takes: str) -> None:
+def test_a_version_is_served_with_its_own_configuration(
+    tmp_path: Path, common: str, version: int, is_own: bool
+) -> None:
     for number in ("1", "2"):
         (tmp_path / number).mkdir()
-        (tmp_path / number / "config.pbtxt").write_text(f"of {number}")
+        (tmp_path / number / "config.pbtxt").write_text(f"versions: {number}")
     (tmp_path / "config.pbtxt").write_text(common)
-    assert config_path(tmp_path, version).read_text() == takes
+    assert config_path(tmp_path, version).parent == (tmp_path / str(version) if is_own else tmp_path)

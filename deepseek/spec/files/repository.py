@@ -6,6 +6,7 @@ functions.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from deepseek.spec.files.folders import SCRATCH
@@ -14,6 +15,7 @@ CONFIG = "config.pbtxt"
 ENGINE = "engine"
 """For a model that takes strings and calls the engine's model: the folder in its version that holds the engine's model,
 and the parameter of its `config.pbtxt` that names that model."""
+_NAMED = re.compile(rb"\bversions\s*:[\s\d,\[]+")  # in the version policy of a `config.pbtxt`
 KEPT_VERSIONS = 3  # the served version and two to roll back to
 
 
@@ -46,19 +48,16 @@ def retired(model: Path) -> list[int]:
 def config_path(model: Path, version: int) -> Path:
     """The `config.pbtxt` of a version: the model's for the newest version, the version's own for an older one.
 
-    The newest version also uses its own if the model's still belongs to another version: its publisher was killed
-    after it had moved the version and before it replaced the configuration.
+    The newest version also uses its own if the model's names other versions: its publisher was killed before it
+    replaced the configuration, or a newer version was removed by hand.
     """
     common, own = model / CONFIG, model / str(version) / CONFIG
     if not own.is_file():
         return common
-    newest, *others = versions_of(model)
-    if version != newest:
+    if version != versions_of(model)[0]:
         return own
     try:
-        text = common.read_bytes()
-        copies = (model / str(other) / CONFIG for other in others)
-        stale = text != own.read_bytes() and any(copy.is_file() and copy.read_bytes() == text for copy in copies)
+        named = re.findall(rb"\d+", b" ".join(_NAMED.findall(common.read_bytes())))
     except OSError:  # the reader of the configuration reports it
         return common
-    return own if stale else common
+    return own if named and version not in map(int, named) else common
