@@ -41,6 +41,13 @@ def test_a_served_version_without_a_manifest_stops_the_release(tmp_path: Path) -
         candidate.stage()
 
 
+def test_a_record_sorts_after_earlier_ones_though_the_clock_was_set_back(tmp_path: Path) -> None:
+    for second in (0, 1):
+        (tmp_path / f"2999-01-01T00-00-0{second}.000Z-release-{4 - second}").mkdir()
+    names = [ReleaseJournal(tmp_path, "rollback", 3, before=4).folder.name for _ in range(2)]
+    assert names == ["2999-01-01T00-00-01.001Z-rollback-3", "2999-01-01T00-00-01.002Z-rollback-3"]
+
+
 @pytest.mark.parametrize(
     ("error", "state"),
     [

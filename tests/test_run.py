@@ -151,5 +151,16 @@ def test_a_killed_runs_draft_is_cleared_and_never_the_latest(tmp_path: Path, mon
         latest_run("tiny")
     with new_run(runs_folder("tiny")) as draft:
         (draft / "run.json").touch()
-        published = publish(draft)
+        (published,) = publish(draft)
     assert list(published.parent.iterdir()) == [latest_run("tiny")] == [published]
+
+
+def test_a_new_run_is_the_latest_though_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+    for name in ("2999-01-01T00-00-00.999Z", "before the change"):  # the second is a user's copy
+        (runs_folder("tiny") / name).mkdir(parents=True)
+        (runs_folder("tiny") / name / "run.json").touch()
+    with new_run(runs_folder("tiny")) as draft:
+        (draft / "run.json").touch()
+        (published,) = publish(draft)
+    assert (latest_run("tiny"), published.name) == (published, "2999-01-01T00-00-01.000Z")

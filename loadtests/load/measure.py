@@ -34,7 +34,7 @@ from loadtests.load.child_process import free_ports, our_environment
 from loadtests.load.replay import plan_file
 from loadtests.load.task_metric import of_served
 from loadtests.load.workers.recorder import rows_file
-from loadtests.results.run import Run, name_of_now, new_run, publish, runs_folder
+from loadtests.results.run import Run, new_run, publish, runs_folder
 from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
 from loadtests.slo.slo_demands import in_flight_for
 
@@ -90,8 +90,7 @@ def measure_together(
             (drafts[0] / leftover).unlink()
         for load in loads:
             plan_file(drafts[0], load.settings.model).unlink(missing_ok=True)
-        name = name_of_now()
-        runs = [Run.load(publish(draft, name)) for draft in drafts]
+        runs = [Run.load(folder) for folder in publish(*drafts)]
         if and_then is not None:
             and_then(runs)
         return runs

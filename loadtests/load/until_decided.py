@@ -58,7 +58,8 @@ def measure_until_decided(load: ModelLoad, console: Console, *, budget_s: float)
                 made = measure(part, load.spec, load.served, console, draft.parent / "parts")
             except BaseException:
                 if parts:  # they are one valid run, whose looks are recorded
-                    console.print(f"stopped; the parts before are saved: {publish(draft)}", soft_wrap=True)
+                    (saved,) = publish(draft)
+                    console.print(f"stopped; the parts before are saved: {saved}", soft_wrap=True)
                 raise
             parts.append(made.folder)
             join(parts, draft, len(looks))
@@ -68,7 +69,8 @@ def measure_until_decided(load: ModelLoad, console: Console, *, budget_s: float)
             if judgement.problems or not open_lines:
                 break
             console.print(f"after {run.settings.duration_s:g} s: {', '.join(open_lines)} undecided", soft_wrap=True)
-        return Run.load(publish(draft))
+        (saved,) = publish(draft)
+        return Run.load(saved)
 
 
 def undecided(objective: JudgedObjective) -> bool:

@@ -189,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
     DeploymentSpec.of_model(args.model, args.models)  # InputError if there is no such model
     with new_run(build_dir(args.model) / "profiles") as draft:
         found = profile(args, draft, Console(stderr=True, markup=False))
-        folder = publish(draft)
+        (folder,) = publish(draft)
     if args.json:
         print(json.dumps({"folder": str(folder), **found}, indent=2))
     else:

@@ -123,7 +123,7 @@ def _scaled(shape: str, share: float) -> str:
 def runs_of(text: str, run: str | None = None) -> list[Run]:
     """The run of each model, of the latest such mix or the mix that includes the folder `run`."""
     models, wanted = models_of(text), "".join(text.split())
-    folders = [Path(run).absolute()] if run else sorted(runs_folder(models[0]).glob("[!.]*"), reverse=True)
+    folders = [Path(run).absolute()] if run else sorted(runs_folder(models[0]).glob("[0-9]*"), reverse=True)
     for folder in folders:  # build/<model>/loadtests/<time>
         build = folder.parent.parent.parent
         parts = [build / model / "loadtests" / folder.name for model in models]

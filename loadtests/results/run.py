@@ -20,7 +20,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from pydantic import ValidationError
 
 from deepseek.spec import InputError, build_dir, variables_for
 from deepseek.spec.checks import Table, first_error
-from deepseek.spec.files.folders import scratch_in
+from deepseek.spec.files.folders import scratch_in, time_name
 from loadtests.results.histogram import Latency
 from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import Second, Stretch
@@ -141,7 +140,7 @@ def runs_folder(name: str) -> Path:
 
 
 def latest_run(name: str) -> Path:
-    found = sorted(path.parent for path in runs_folder(name).glob("[!.]*/run.json"))
+    found = sorted(path.parent for path in runs_folder(name).glob("[0-9]*/run.json"))
     if not found:
         hint = f"make one with: make loadtest {variables_for(name)}"
         raise InputError(f"no load test of {name} in {runs_folder(name)}; {hint}")
@@ -157,11 +156,7 @@ def new_run(folder: Path) -> Iterator[Path]:
         yield draft
 
 
-def publish(draft: Path, name: str | None = None) -> Path:
-    """Moves a complete draft to its place; the default name is the time, so that names sort by age."""
-    return draft.rename(draft.parent.parent / (name or name_of_now()))
-
-
-def name_of_now() -> str:
-    """The name of a run that completes now, in UTC."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%f")[:-3] + "Z"
+def publish(*drafts: Path) -> list[Path]:
+    """Moves complete drafts to their places, under one name. It is the time, so that names sort by age."""
+    name = time_name(*(draft.parent.parent for draft in drafts))
+    return [draft.rename(draft.parent.parent / name) for draft in drafts]

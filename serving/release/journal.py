@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepseek.spec import InputError
-from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.folders import time_name, write_whole
 from deepseek.spec.files.released import JOURNAL, WITHDRAWN, releases_dir
 from serving.release.versions import move_out
 from serving.repository.checks import MANIFEST
@@ -65,9 +65,7 @@ class ReleaseJournal:
         may_fail: bool = False,
         **facts: Any,
     ) -> None:
-        now = datetime.now(UTC)
-        name = f"{now:%Y-%m-%dT%H-%M-%S}.{now.microsecond // 1000:03}Z-{kind}-{version}"
-        self.folder = releases / name
+        self.folder = releases / f"{time_name(releases)}-{kind}-{version}"
         self.may_fail = may_fail
         self.lines: list[dict[str, Any]] = []
         self._warned = False

@@ -9,15 +9,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 SCRATCH = ".scratch-"  # prefix of the names of unfinished folders
+TIME, TIME_NAME = "%Y-%m-%dT%H-%M-%S.%f", re.compile(r"(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d{3})Z")
 
 
 @contextmanager
@@ -87,6 +90,19 @@ def write_whole(path: Path, text: str) -> Path:
     with beside(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return path
+
+
+def time_name(*folders: Path) -> str:
+    """A name from the time in UTC, to the millisecond. It sorts after the names of this kind in `folders`.
+
+    If the clock was set back, it is a millisecond later than the last of them.
+    """
+    now = datetime.now(UTC).replace(tzinfo=None)
+    found = (TIME_NAME.match(path.name) for folder in folders if folder.is_dir() for path in folder.iterdir())
+    if last := max((match[1] for match in found if match), default=None):
+        with suppress(ValueError, OverflowError):  # a name that is no time
+            now = max(now, datetime.strptime(last, TIME) + timedelta(milliseconds=1))
+    return f"{now.strftime(TIME)[:-3]}Z"
 
 
 def onto_disk(place: Path) -> None:
