@@ -52,8 +52,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:2], self.num_attention_heads, self.attention_head_size)
         q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k = self.turned(q), self.turned(k)
         mixed = (q @ k.transpose(2, 3) / math.sqrt(self.attention_head_size)).softmax(-1) @ v
         return mixed.transpose(1, 2).reshape(*x.shape[:2], self.all_head_size)
+
+    def turned(self, x: Tensor) -> Tensor:
+        return x
 
 
 class Bert(nn.Module):
@@ -168,6 +172,19 @@ class Softmax(nn.Module):
         return self.three(F.relu(self.two(self.one(x).softmax(-1))))
 
 
+class Rotary(SelfAttention):
+    """Turns halves of a head and adds them to a cache, as Hugging Face's Llama does: torch-pruning 1.6 never ends."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        return torch.cat((torch.tensor([]), x * 0.8 + torch.cat((-x[..., 4:], x[..., :4]), -1) * 0.6), -2)
+
+
+class RotaryBert(Bert):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Rotary()
+
+
 class Joined(nn.Module):
     """torch-pruning 1.6 loses the offset of a joined and flattened map."""
 
@@ -187,8 +204,9 @@ class Joined(nn.Module):
         (Stubborn(), IDS, "gates", "qkv", "forward does not work with fewer heads"),
         (Softmax(), torch.randn(4, 8), "two", "one", "its channels depend on each other"),
         (Joined(), IMAGES, "hidden", "left", "its channels depend on each other"),
+        (RotaryBert(), IDS, "up", "attention.query", "its channels cannot be followed, as through rotary embeddings"),
     ],
-    ids=["attention", "softmax", "joined"],
+    ids=["attention", "softmax", "joined", "rotary"],
 )
 def test_a_layer_whose_units_cannot_be_removed_is_left_alone_and_named(
     model: nn.Module, inputs: Tensor, pruned: str, left: str, reason: str
@@ -212,7 +230,7 @@ class Counting(nn.Module):
     [
         (nn.Linear(8, 8), "nothing in Linear can be pruned"),
         (nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)), "the width between blocks is fixed"),
-        (nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 4)), "less than one head or channel"),
+        (nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 4)), "less than one head or block of channels"),
         (Counting(), "no output of forward has a gradient"),
         (nn.Sequential(nn.Linear(9, 16), nn.Linear(16, 4)), "does not run on the example inputs: RuntimeError"),
     ],

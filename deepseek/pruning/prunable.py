@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from deepseek.spec import InputError
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch_pruning import DependencyGraph
+    from torch_pruning.dependency import graph
     from torch_pruning.ops import OPTYPE
 
 Kind = Literal["heads", "channels"]
@@ -70,6 +72,30 @@ class Layer:
             setattr(module, name, getattr(module, name) - count * len(self.units[0]))
 
 
+class Endless(Exception):
+    """A channel leads to ever larger indices."""
+
+
+class Graph(DependencyGraph):
+    """torch-pruning's graph, whose search for what a channel leads to always ends."""
+
+    def get_pruning_group(self, *where: Any) -> Any:
+        """Raises Endless if an index is larger than any weight.
+
+        torch-pruning takes the halves of rotary embeddings for channels of their own, and goes round in circles.
+        """
+        largest = max(size for parameter in self.model.parameters() for size in parameter.shape)
+
+        class Bounded(graph.Group):
+            def add_dep(self, dep: Any, idxs: Any) -> None:
+                if max((index.idx for index in idxs), default=0) >= largest:
+                    raise Endless
+                super().add_dep(dep, idxs)
+
+        with mock.patch.object(graph, "Group", Bounded):
+            return super().get_pruning_group(*where)
+
+
 class Prunable:
     """A module, traced with a batch of real inputs."""
 
@@ -80,7 +106,7 @@ class Prunable:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.graph = DependencyGraph().build_dependency(
+                self.graph = Graph().build_dependency(
                     module,
                     tuple(example),
                     forward_fn=lambda module, inputs: module(*inputs),
@@ -100,8 +126,7 @@ class Prunable:
     def layers(self) -> list[Layer]:
         """Every layer that has been verified to work without a unit."""
         found = []
-        for group in list(self.graph.get_all_groups(root_module_types=(nn.Linear, CONV))):
-            name = self.names[group[0].dep.target.module]
+        for name, group in list(self._groups()):
             reason = self._obstacle(group)
             if reason is None:
                 candidates = list(self._candidates(name, group))
@@ -113,6 +138,21 @@ class Prunable:
                 reason = "forward does not work with fewer heads" if heads else "its channels depend on each other"
             self.left_alone[name] = reason
         return found
+
+    def _groups(self) -> Iterator[tuple[str, Any]]:
+        """The channels of each layer with all that depends on them; layers that share channels have one group."""
+        seen: set[nn.Module] = set()
+        for part in [each for each in self.graph.module2node if isinstance(each, (nn.Linear, CONV))]:
+            if part not in seen:
+                pruner = self.graph.get_pruner_of_module(part)
+                channels = list(range(pruner.get_out_channels(part)))
+                try:
+                    group = self.graph.get_pruning_group(part, pruner.prune_out_channels, channels)
+                except Endless:
+                    self.left_alone[self.names[part]] = "its channels cannot be followed, as through rotary embeddings"
+                    continue
+                seen |= {dep.target.module for dep, _ in group if self.graph.is_out_channel_pruning_fn(dep.handler)}
+                yield self.names[part], group
 
     def _obstacle(self, group: Any) -> str | None:
         """Why a group cannot be pruned; None if it has to be tried."""

@@ -139,7 +139,9 @@ def _pruned(module: nn.Module, example: Inputs, config: PruneConfig, data: Seque
     prunable.measure(layers, data, config.seed)
     cuts = _choose(layers, config)
     if not cuts:
-        raise InputError(f"PruneConfig: ratio: seen {config.ratio:g}; in {kind} that is less than one head or channel")
+        raise InputError(
+            f"PruneConfig: ratio: seen {config.ratio:g}; in {kind} that is less than one head or block of channels"
+        )
     touched = {id(part): part for layer in layers for part in layer.touched}.values()
     prunable_parameters = sum(map(_count, touched))
     if not prunable.cut(cuts):
