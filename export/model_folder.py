@@ -110,6 +110,12 @@ class ModelFolder:
                 "traces Python: return the torch.nn.Module that it was made from"
             )
         _check_forward(model, self.spec, self.folder / "model.py")
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, torch.Tensor) and tensor.layout != torch.strided:
+                raise InputError(
+                    f"{self.folder / 'model.py'}: load(): {name!r} is sparse, and ONNX has no sparse products; keep it "
+                    "dense, or keep its indices and values, for index_select and index_add"
+                )
         with user_code(self.folder, "load()"):
             model.cpu().eval()
             first = str([weights.flatten()[:1].tolist() for weights in model.parameters()])

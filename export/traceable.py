@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,6 +41,8 @@ def traceable() -> Iterator[None]:
 
     torch.distributions: they check the values of their arguments.
 
+    Attention without heads: the exporter takes only tensors of 4 dimensions.
+
     nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
     """
     with contextlib.ExitStack() as replaced:
@@ -53,11 +56,13 @@ def traceable() -> Iterator[None]:
             replaced.enter_context(register_gru_while_loop_decomposition())
         replaced.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal))
         replaced.enter_context(mock.patch.object(torch.distributions.Distribution, "_validate_args", False))
-        replaced.enter_context(mock.patch.object(torch.nn.functional, "embedding_bag", _embedding_bag))
+        for name, own in (("embedding_bag", _embedding_bag), ("scaled_dot_product_attention", _attention)):
+            replaced.enter_context(mock.patch.object(torch.nn.functional, name, own))
         yield
 
 
 _bags_by_offsets = torch.nn.functional.embedding_bag
+_attention_of_heads = torch.nn.functional.scaled_dot_product_attention
 
 
 def _embedding_bag(
@@ -85,6 +90,23 @@ def _embedding_bag(
     if mode == "max":
         return vectors.amax(1)
     return vectors.sum(1) if mode == "sum" else vectors.mean(1)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    *rest: Any,
+    **named: Any,
+) -> torch.Tensor:
+    """Attention over (B, L, D) is one with a single head; PyTorch's signature."""
+    if query.dim() != 3:
+        return _attention_of_heads(query, key, value, attn_mask, *rest, **named)
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unsqueeze(1)
+    query, key, value = (each.unsqueeze(1) for each in (query, key, value))
+    return _attention_of_heads(query, key, value, attn_mask, *rest, **named).squeeze(1)
 
 
 def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -48,9 +48,13 @@ def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, 
         ("\ndef load():\n    return {}\n", r"load\(\) returned dict; a torch.nn.Module is needed"),
         ("\ndef load():\n    Tiny()\n", r"load\(\) returned NoneType"),
         ("\ndef load():\n    return Tiny\n", r"load\(\) returned the class Tiny; a torch.nn.Module is needed"),
+        (
+            "\ndef load():\n    model = Tiny()\n    model.near = torch.nn.Buffer(torch.eye(8).to_sparse())\n    return model\n",
+            r"load\(\): 'near' is sparse, and ONNX has no sparse products",
+        ),
         ("\ndef load():\n    raise SystemExit('no weights')\n", r"model.py:23: load\(\): SystemExit: no weights"),
     ],
-    ids=["raises", "no module", "return forgotten", "a class", "exits"],
+    ids=["raises", "no module", "return forgotten", "a class", "a sparse buffer", "exits"],
 )
 def test_a_load_that_returns_no_module_is_one_error_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -121,12 +125,16 @@ def test_an_error_in_evaluate_is_one_line_but_our_own_errors_keep_their_tracebac
         ),
         ("return {'score': [np.nan] * 3}", r"evaluate\(\): 'score': none of 3 rows has a value; a number is needed"),
         ("return {'score': 0.5, 'other': []}", r"evaluate\(\): 'other': none of 0 rows has a value"),
+        (
+            "return {'score': torch.ones(3, requires_grad=True)}",
+            r"returned .*requires_grad=True.*; a dict of names and",
+        ),
         ("return {'acc': 1}", "precision.metric: seen 'score'; evaluate.. returns acc"),
         ("predict(np.ones((1, 8)))", r"argument of predict: seen ndarray; a dict of \['x'\] is needed"),
         ("predict({'x': np.ones((1, 8))})", r"argument of predict\['x'\]: seen float64; deploy.toml says .* float32"),
         ("predict({'x': np.ones((0, 8), np.float32)})", "calls predict with an empty batch"),
     ],
-    ids=["no dict", "no number", "2-D", "only NaN", "no rows", "other name", "array", "type", "empty"],
+    ids=["no dict", "no number", "2-D", "only NaN", "no rows", "with gradient", "other name", "array", "type", "empty"],
 )
 def test_a_mistake_in_evaluate_is_one_line(tmp_path: Path, body: str, message: str) -> None:
     toml = TOML + '[precision]\nmetric = "score"\n'

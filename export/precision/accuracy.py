@@ -171,9 +171,10 @@ def evaluated(source: ModelFolder, predict: Predict) -> Evaluated:
     returned = source.evaluate(asked)
     try:
         arrays = {str(name): np.asarray(value, np.float64) for name, value in returned.items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # RuntimeError: a tensor with a gradient
+        seen = " ".join(str(returned).split())[:100]
         raise InputError(
-            f"{file}: evaluate() returned {str(returned)[:100]}; a dict of names and numbers is needed, such as "
+            f"{file}: evaluate() returned {seen}; a dict of names and numbers is needed, such as "
             f"{{{metric!r}: 0.9}}, or of names and arrays with one number a row"
         ) from None
     for name, array in arrays.items():

@@ -45,15 +45,18 @@ def _traced_size(axis: Axis) -> int:
 def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
     """Smallest, largest and one size between, without the traced sizes; the traced sizes if there are no others.
 
-    Between, all axes get different sizes if possible: otherwise one axis could be mistaken for another.
+    Between, all axes get different sizes if possible: otherwise one axis could be mistaken for another. Each is an odd
+    number away from the traced size: forward may pad odd sizes, and tracing keeps only the path that it took.
     """
     traced = traced_sizes(spec)
     between: dict[str, int] = {}
     for name, axis in spec.axes.items():
         middle = (axis.min + axis.max) // 2
-        sizes = itertools.chain(range(middle, axis.max + 1), range(middle - 1, axis.min - 1, -1))
+        middle += (middle - traced[name]) % 2 == 0
+        odd = itertools.chain(range(middle, axis.max + 1, 2), range(middle - 2, axis.min - 1, -2))
+        sizes = itertools.chain(odd, range(axis.min, axis.max + 1))
         free = (size for size in sizes if size != traced[name] and size not in between.values())
-        between[name] = next(free, middle)
+        between[name] = next(free, traced[name])
     corners = [{name: getattr(axis, end) for name, axis in spec.axes.items()} for end in ("min", "max")]
     found = [sizes for sizes in [*corners, between] if sizes != traced]
     return [sizes for place, sizes in enumerate(found) if sizes not in found[:place]] or [traced]

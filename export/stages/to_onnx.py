@@ -100,7 +100,8 @@ def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, 
 def _why_not_exported(error: BaseException, folder: Path) -> str:
     """One line from the innermost exception."""
     error = innermost(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = str(error).partition("\nThe error above occurred")[0]  # advice for callers of torch.export
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     place, _ = place_of(error, folder)
     if "data-dependent" in str(error) or "FakeTensor" in str(error):
         return (
@@ -216,16 +217,25 @@ def _export(source: ModelFolder, model: torch.nn.Module, rows: dict[str, list[Ro
     with log.status("exporting with the dynamo exporter"):
         graph = onnx_from_torch(spec, model, example)
         save_graph(graph, path)
-        onnx.checker.check_model(path, full_check=True)
+        try:
+            onnx.checker.check_model(path, full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{model_py(spec)}: the graph is not valid ONNX: {why}; if ONNX has no such operator for this type, "
+                "compute in another one, such as int32 in place of bool"
+            ) from None
     found = {"operators": len(graph.graph.node), "opset": OPSET, "checks": _check(spec, model, evaluation, path)}
     record_build(path, spec, "fp32", clock, found=found, sources={"weights": weights_digest(model)})
 
 
 def _check(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], path: Path) -> list[dict[str, Any]]:
     """Compares the graph with PyTorch; raises GateFailed if they differ, InputError if ONNX Runtime cannot load it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors are raised
     with log.status("comparing with PyTorch"):
         try:
-            session = opened(path, onnxruntime.SessionOptions())
+            session = opened(path, options)
         except GateFailed as error:
             raise InputError(
                 f"{model_py(spec)}: {str(error).removeprefix(f'{path}: ')}; if forward computes in 16 bits, let it use "
