@@ -112,3 +112,14 @@ def test_if_all_replicas_are_dead_each_is_tried(
         assert set(client.statistics().replicas.values()) == {False}
         with pytest.raises(Unreachable):
             client.ready()
+
+
+@protocols
+def test_if_all_replicas_stall_ready_names_the_callers_time_out(protocol: str) -> None:
+    with (
+        answering(mute) as (first, _),
+        answering(mute) as (second, _),
+        client_of([first, second], protocol) as client,
+        pytest.raises(DeadlineExceeded, match=r"did not answer within timeout_s=0\.4;"),
+    ):
+        client.ready(timeout_s=0.4)

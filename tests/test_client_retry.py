@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import math
 import time
@@ -79,11 +80,28 @@ class Instant:
         return f"hedged after {after_s:g} s" if hedge else await first(None)
 
 
+class Both(Instant):
+    """Makes both attempts of a hedged call, one after the other."""
+
+    async def race(self, first: Any, second: Any, after_s: float) -> str:
+        hedge = second()
+        try:
+            return await first(None)
+        except InferenceError as error:
+            with contextlib.suppress(InferenceError):
+                return await hedge(None)
+            raise error
+
+
 def retrier_of(
-    urls: tuple[str, ...], counters: Counters, close_at: float = math.inf, **options: Any
+    urls: tuple[str, ...],
+    counters: Counters,
+    close_at: float = math.inf,
+    kind: type[Instant] = Instant,
+    **options: Any,
 ) -> tuple[Retrier, Instant]:
     made: list[Retrier] = []
-    instant: Any = Instant(made, close_at)
+    instant: Any = kind(made, close_at)
     transport: Any = None
     replicas = Replicas([Replica(url, transport, None) for url in urls], instant)
     made.append(Retrier(options_of(urls=urls, **options), instant, replicas, counters))
@@ -174,6 +192,21 @@ def test_an_untried_server_is_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(tried[:2]) == {"h0:1", "h1:1"}
     assert (len(tried), slept, ended) == (4, [0.1, 0.2], "answer")
     assert attempts([BUSY, BUSY], servers=2, timeout_s=1e-9)[2] is BUSY  # no time is left for the other server
+
+
+def test_a_retry_waits_if_a_hedge_has_tried_the_other_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    left = [BUSY] * 4
+
+    async def attempt(replica: Replica, cancel: Any) -> str:
+        if left:
+            raise left.pop()
+        return "answer"
+
+    options: dict[str, Any] = {"idempotent": True, "hedge_after_ms": 5, "retry_budget": None}
+    retrier, instant = retrier_of(("h:1", "h:2"), Counters(), kind=Both, **options)
+    assert run(retrier.call(attempt, Deadline(60), "m", hedged=True)) == "answer"
+    assert instant.slept == pytest.approx([0.05, 0.1])
 
 
 def test_hedges_stay_within_the_budget_and_end_with_the_client() -> None:

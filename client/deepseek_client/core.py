@@ -95,7 +95,7 @@ class ClientCore:
         failure, answers = None, 0
         for left, replica in zip(range(len(replicas), 0, -1), replicas, strict=True):
             try:  # each gets an equal share of the time left: a replica that never answers does not hide the others
-                if await replica.transport.ready(model, version, Deadline(deadline.left_s() / left)):
+                if await replica.transport.ready(model, version, deadline.part(left)):
                     return True
                 answers += 1
             except InferenceError as error:

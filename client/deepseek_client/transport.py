@@ -34,6 +34,12 @@ class Deadline:
         self.timeout_s = timeout_s
         self._end = time.monotonic() + timeout_s
 
+    def part(self, count: int) -> "Deadline":
+        """An equal share of the time left. Its error names the caller's time-out, not the share."""
+        share = Deadline(self.left_s() / count)
+        share.timeout_s = self.timeout_s
+        return share
+
     def left_s(self) -> float:
         """Seconds left; negative after the deadline."""
         return self._end - time.monotonic()

@@ -55,7 +55,8 @@ class Retrier:
         `repeatable`: the operation may run twice.
         """
         self._budget.count_call()
-        tried: list[Replica] = []
+        tried: list[Replica] = []  # by hedges too
+        attempt = 0
         while True:
             replica = self._replicas.pick(tried)
             tried.append(replica)
@@ -66,13 +67,14 @@ class Retrier:
             except InferenceError as error:
                 if not (error.did_not_run or (error.may_have_run and repeatable)):
                     raise
-                pause_s = self._pause_s(error, tried, deadline)
+                pause_s = self._pause_s(error, attempt, tried, deadline)
                 if pause_s is None or not self._may_retry(error, model):
                     raise
                 if pause_s:
                     await self._concurrency.sleep(pause_s)
                 if self._closed:
                     raise
+                attempt += 1
 
     async def _attempt(
         self, operation: Operation[Result], replica: Replica, model: str | None, cancel: Cancel | None
@@ -86,9 +88,10 @@ class Retrier:
         self._replicas.answered(replica)
         return result
 
-    def _pause_s(self, error: InferenceError, tried: Sequence[Replica], deadline: Deadline) -> float | None:
-        """Seconds to wait before the next attempt; None: make no further attempt."""
-        attempt = len(tried) - 1
+    def _pause_s(
+        self, error: InferenceError, attempt: int, tried: Sequence[Replica], deadline: Deadline
+    ) -> float | None:
+        """Seconds to wait after an attempt, counted from 0; None: make no further attempt."""
         if attempt >= self._options.retries:
             return None
         if self._replicas.another(tried):
@@ -126,6 +129,7 @@ class Retrier:
                 count("denied")
                 return None
             other = self._replicas.pick(tried)
+            tried.append(other)
             count("hedges")
             return lambda cancel: won(other, cancel)
 
