@@ -229,18 +229,22 @@ def test_a_rollback_starts_even_while_requests_fail(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "slo",
-    [{"objectives": ("throughput >= 10",)}, {"rate_rps": 10}, {"objectives": ("p50_ms < 5 @ 10 rps",)}],
-    ids=["throughput", "rate", "a line's rate"],
+    ("slo", "seconds"),
+    [
+        ({"p99_ms": 50, "objectives": ("throughput >= 10",)}, 90),  # 1.5 x 299 bursts of 0.2 s
+        ({"p99_ms": 50, "rate_rps": 10}, 90),
+        ({"p99_ms": 50, "objectives": ("p50_ms < 5 @ 10 rps",)}, 90),
+        ({"p95_ms": 50, "rate_rps": 5, "max_error_rate": 0}, 86),  # 1.5 x 285 requests
+        ({"objectives": ("throughput >= 5", "error_rate <= 0")}, 86),
+    ],
+    ids=["throughput", "rate", "a line's rate", "a low rate", "throughput alone"],
 )
-def test_a_load_test_lasts_as_long_as_its_percentiles_need_at_the_lowest_rate(
-    slo: dict[str, Any], tmp_path: Path
+def test_a_load_test_lasts_as_long_as_the_objectives_need_at_the_lowest_rate(
+    slo: dict[str, Any], seconds: int, tmp_path: Path
 ) -> None:
-    spec = DeploymentSpec.load("tests/models/text").model_copy(update={"slo": SloSpec(p99_ms=50, **slo)})
+    spec = DeploymentSpec.load("tests/models/text").model_copy(update={"slo": SloSpec(**slo)})
     args = Namespace(model="text", models="", repository=tmp_path, new_build=None, rate=None, duration_s=30)
-    assert (
-        Candidate(args, spec, ReleaseJournal(tmp_path, "release", 2), 2)._duration_s() == 90
-    )  # 1.5 x 299 bursts of 0.2 s
+    assert Candidate(args, spec, ReleaseJournal(tmp_path, "release", 2), 2)._duration_s() == seconds
 
 
 def test_the_local_port_of_a_running_stack_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,10 @@ def test_a_short_run_is_announced_before_it_starts() -> None:
         "1 requests cannot prove p99_ms, 299 can: run for 299 s or more",
         "1 requests cannot prove max_error_rate, 299 can: run for 299 s or more",
     ]
+    slow = SloSpec(p95_ms=50, rate_rps=5, max_error_rate=0.05)
+    assert list(too_short(load_settings(rate_rps=5, duration_s=30), slow)) == [
+        "150 requests cannot prove rate_rps, 285 can: run for 57 s or more"
+    ]
     replay = Replay(file="traffic.csv", sha256="", speed=1, requests=4, peak_rps=2)
     notes = too_short(load_settings(replay=replay, duration_s=2), SLO)
     assert next(notes) == "4 requests cannot prove p99_ms, 299 can: replay a longer file"

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -26,6 +27,7 @@ _OBJECTIVE = re.compile(
 _PERCENTILE = re.compile(r"p(\d+(?:\.\d+)?)_ms")
 CONFIDENCE = 0.95  # of a verdict
 BURST_S = 0.2  # assumed length of a burst of slow answers that a run has not shown
+RATE_TOLERANCE = 0.01  # allowed shortfall of a rate: the share that the load generator itself may lose
 # As shares of the p99. One bound is the p99 itself, so that the histogram counts the requests that met it.
 _BOUNDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 10)
 
@@ -214,6 +216,18 @@ def samples_needed(percent: float) -> int:
 def requests_needed(share: float, rate_rps: float, confidence: float = CONFIDENCE) -> int:
     """The number of requests that prove a share below `share` at a rate, if none is over the limit."""
     return math.ceil(_samples(share, confidence) * max(1.0, BURST_S * rate_rps))
+
+
+def requests_to_prove(line: Objective, rate_rps: float, confidence: float = CONFIDENCE) -> int | None:
+    """The number of requests that prove an objective at a rate, if none is over its limit or lost.
+
+    None if one request decides, as on a maximum, or no number does, as at a rate below a throughput.
+    """
+    if line.kind != "throughput":
+        return requests_needed(line.allowed_share, rate_rps, confidence) if line.allowed_share else None
+    spare = 1 - (1 - RATE_TOLERANCE) * line.limit / rate_rps
+    # The bound counts one request as lost, and those in flight at both ends: one on average.
+    return math.ceil(NormalDist().inv_cdf(confidence) * math.sqrt(1 + 2) / spare) if spare > 0 else None
 
 
 def _samples(share: float, confidence: float) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.spec import Objective, SloSpec
-from deepseek.spec.objectives import Kind
+from deepseek.spec.objectives import RATE_TOLERANCE, Kind
 from loadtests.figures import formatted
 from loadtests.results.run import Run
 from loadtests.results.stretch import Stretch
@@ -24,9 +24,6 @@ from loadtests.slo.bounds import completed_bounds, more_requests, ratio_bounds, 
 from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.objectives import JudgedObjective, ObjectiveStatus, SloStatus, SloVerdict, value_of
 from loadtests.slo.slo_demands import confidence_of, rate_of
-
-# Allowed shortfall of a rate: the share that the generator itself may lose.
-RATE_TOLERANCE = 0.01
 
 
 def judge(run: Run, slo: SloSpec, *, alone: bool = True) -> SloVerdict:

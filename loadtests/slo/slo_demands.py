@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 
 from deepseek.spec import InputError, Objective, SloSpec
-from deepseek.spec.objectives import requests_needed
+from deepseek.spec.objectives import requests_to_prove
 from loadtests.results.settings import IN_FLIGHT, LoadSettings
 
 TIMEOUT_S = 5.0  # smallest default time-out of a request
@@ -79,19 +79,17 @@ def confidence_of(settings: LoadSettings, slo: SloSpec) -> float:
 
 
 def too_short(settings: LoadSettings, slo: SloSpec) -> Iterator[str]:
-    """Notes on the percentiles and error rates that a run is too short to prove."""
+    """Notes on the percentiles, error rates and throughputs that a run is too short to prove."""
     for line in slo.all_objectives():
-        share, rate = line.allowed_share, rate_of(line, settings, slo)
+        rate = rate_of(line, settings, slo)
         meant = [
             each
             for each in settings.segments
             if rate is None or (each.rate_rps == rate and each.end_rps in (None, each.rate_rps))
         ]
         planned, duration_s = sum(each.arrivals for each in meant), sum(each.duration_s for each in meant)
-        if share is None or not planned:
-            continue
-        needed = requests_needed(share, planned / duration_s, confidence_of(settings, slo))
-        if planned < needed:
+        needed = requests_to_prove(line, planned / duration_s, confidence_of(settings, slo)) if planned else None
+        if needed is not None and planned < needed:
             seconds = math.ceil(needed / planned * duration_s)
             do = f"run for {seconds} s or more" if settings.replay is None else "replay a longer file"
             yield f"{planned} requests cannot prove {line.name}, {needed} can: {do}"

@@ -23,7 +23,7 @@ from deepseek.spec import (
     PublishedManifest,
     build_dir,
 )
-from deepseek.spec.objectives import requests_needed
+from deepseek.spec.objectives import requests_to_prove
 from deepseek.spec.paired_drop import judge_drop, pair_values
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
@@ -241,16 +241,17 @@ class Candidate:
         return verdict
 
     def _duration_s(self) -> int:
-        """Seconds in which enough requests are sent to judge the SLO's percentiles and error rates."""
+        """Seconds in which enough requests are sent to judge the SLO's percentiles, error rates and throughputs."""
         lines = self.spec.slo.all_objectives()
         rates = [line.limit if line.kind == "throughput" else line.rate_rps for line in lines]
         lowest = min(filter(None, rates), default=None)  # a line without a rate is judged over the whole run
         needed = 0.0
         for line in lines:
             rate = self.options.rate or line.rate_rps or self.spec.slo.rate_rps or lowest
-            if line.allowed_share and rate:
-                requests = requests_needed(line.allowed_share, rate, self.spec.slo.confidence)
-                needed = max(needed, SPARE * requests / rate)
+            if line.kind == "throughput" and not self.options.rate:
+                rate = max(rate or 0.0, line.limit)  # the rates that a load test sends without --rate
+            requests = requests_to_prove(line, rate, self.spec.slo.confidence) if rate else None
+            needed = max(needed, SPARE * (requests or 0) / (rate or 1))
         return max(self.options.duration_s, math.ceil(needed))
 
 
