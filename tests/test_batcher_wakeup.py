@@ -85,13 +85,16 @@ def test_it_is_built_once_and_rebuilt_if_it_does_not_load(
     assert [path.name for path in other.parent.iterdir()] == [other.name]
 
 
-@pytest.mark.parametrize("compiler", ["cc", "none"])
-def test_a_server_loads_it_or_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> None:
+@pytest.mark.parametrize(("compiler", "preloads"), [("cc", True), ("none", True), ("cc", False)])
+def test_a_server_loads_it_or_warns_unless_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, preloads: bool
+) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     monkeypatch.setenv("CC", compiler)
     write_add_one(tmp_path / "repository")
-    with EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "triton.log") as server:
+    with EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "triton.log", preloads=preloads) as server:
         assert (MISSING in server.notes) == (compiler == "none")
-        assert ("libwakeup" in Path(f"/proc/{server.pid}/maps").read_text()) == (compiler == "cc")
+        loaded = preloads and compiler == "cc"
+        assert ("libwakeup" in Path(f"/proc/{server.pid}/maps").read_text()) == loaded
         read_by_backend = [each.environ().get("LD_PRELOAD", "") for each in psutil.Process(server.pid).children()]
-        assert {"libwakeup" in each for each in read_by_backend} == {compiler == "cc"}
+        assert {"libwakeup" in each for each in read_by_backend} == {loaded}

@@ -50,9 +50,9 @@ class EmbeddedServer:
     of the repository for changes; None: changes are ignored. The server's log is at `log_path`
     (`$DEEPSEEK_BUILD/serving/triton-<port>.log`); `echo_log` sends it to standard output and keeps only the start-up
     part in the file. `behind_gateway` closes every API that callers do not need and gives requests in flight more time
-    at shutdown. `profile` is a folder for Triton's traces, `trace.json.<n>`, once a client turns them on (trace level
-    TIMESTAMPS), and at shutdown for ONNX Runtime's operator times,
-    `onnxruntime-<instance>.<start in ns since 1970>.json`.
+    at shutdown. `preloads`: whether Triton gets the library of `batcher_wakeup.py`. `profile` is a folder for Triton's
+    traces, `trace.json.<n>`, once a client turns them on (trace level TIMESTAMPS), and at shutdown for ONNX Runtime's
+    operator times, `onnxruntime-<instance>.<start in ns since 1970>.json`.
 
     Raises:
         InputError: port in use, wheel missing, a repository that cannot be served, a model that does
@@ -76,6 +76,7 @@ class EmbeddedServer:
         behind_gateway: bool = False,
         exit_timeout_s: int | None = None,
         flags: tuple[str, ...] = (),
+        preloads: bool = True,
     ) -> None:
         self.repository = Path(repository)
         self._ports = ReservedPorts(address, {"HTTP": http_port, "gRPC": grpc_port, "metrics": metrics_port})
@@ -99,6 +100,7 @@ class EmbeddedServer:
         self._process: ServerProcess | None = None
         self._verified: VerifiedRepository | None = None
         self._supervisor: Supervisor | None = None
+        self._preloads = preloads
         self._missing: list[Finding] = []
 
     @property
@@ -146,9 +148,9 @@ class EmbeddedServer:
         self._verified.fill()
         assemble_backend(scratch / "backends" / "python", backend, stub)
         variables = environment(libraries, scratch)
-        if wakeup := library():
+        if self._preloads and (wakeup := library()):
             variables["LD_PRELOAD"] = preload(wakeup, scratch, variables.get("LD_PRELOAD", ""))
-        else:
+        elif self._preloads:
             self._missing = [MISSING]
         if self._profile is not None:
             self._profile.mkdir(parents=True, exist_ok=True)

@@ -160,6 +160,7 @@ def main(options: argparse.Namespace) -> int:
         behind_gateway=options.behind_gateway,
         exit_timeout_s=options.exit_timeout_s,
         flags=tuple(trace_flags(options.trace_url, options.trace_every)),
+        preloads=not options.no_preload,
     )
     with server, ExitStack() as running:  # the routes end before the server
         try:
