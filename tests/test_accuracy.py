@@ -221,6 +221,20 @@ def test_rows_that_are_all_in_one_half_judge_no_layers(metric: str | None) -> No
             found.drop_on_half(scaled(1), choosing=own)
 
 
+def test_outputs_at_which_evaluate_fails_are_an_infinite_drop_so_that_layers_are_kept_high(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def evaluate(predict: Predict) -> dict[str, float]:
+        raise InputError("m/model.py:9: evaluate(): far off")
+
+    found = baseline("accuracy", 1.0)
+    source: Any = SimpleNamespace(**{**vars(found.source), "evaluate": evaluate})
+    found = dataclasses.replace(found, source=source)
+    assert found.judge(scaled(1)).drop == math.inf
+    monkeypatch.setattr(accuracy_budget, "_chooses", lambda row: row["pixels"].flat[0] == 1)
+    assert found.drop_on_half(scaled(1), choosing=True) == (math.inf, None)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_outputs_are_an_infinite_drop_with_any_metric(bad: float) -> None:
     answers = [outputs([1, 2], [bad, 0]), SCORES[1]]

@@ -96,9 +96,12 @@ def test_a_metric_where_smaller_is_better_is_refused_before_anything_is_built(
     assert not (tmp_path / "build" / "tiny" / "fp32" / "model.onnx").exists()
 
 
-def test_a_metric_that_is_no_number_is_refused_without_advice_about_errors() -> None:
-    with pytest.raises(InputError, match=r"score of fp32 PyTorch is nan; a relative drop needs a positive number$"):
-        metric_drop("score", math.nan, math.nan)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_that_is_no_number_is_refused_without_advice_about_errors(value: float) -> None:
+    with pytest.raises(
+        InputError, match=rf"score of fp32 PyTorch is {value}; a relative drop needs a positive number$"
+    ):
+        metric_drop("score", value, value)
 
 
 @pytest.mark.parametrize(

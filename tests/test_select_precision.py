@@ -372,10 +372,14 @@ def test_a_candidate_at_whose_outputs_evaluate_fails_is_refused_and_the_others_a
             "    assert np.allclose(predict(row)['embedding'], right, atol=1e-5), 'other outputs'\n"
             "    return _evaluate(predict)\n"
         )
+    manifests = [text / "build" / "text" / name / "manifest.json" for name in ("fp32", "fp16", "int8")]
+    assert all(json.loads(path.read_text())["accuracy"] for path in manifests)
     run = stage(text, "select_precision", "--json")
     assert run.returncode == 0, run.stderr
     refused = json.loads(run.stdout)["refused"]
     assert refused.keys() == {"fp16", "int8"}
+    kept = [json.loads(path.read_text())["accuracy"] is not None for path in manifests]
+    assert kept == [True, False, False]  # no older accuracy beside a refusal
     assert all("evaluate(): AssertionError: other outputs" in reason for reason in refused.values())
     assert stage(text, "select_precision", "--precision", "int8").returncode == 1
 

@@ -187,7 +187,7 @@ def evaluated(source: ModelFolder, predict: Predict) -> Evaluated:
     if metric not in arrays:
         raise InputError(
             f"{source.folder / 'deploy.toml'}: precision.metric: seen {metric!r}; evaluate() returns "
-            f"{', '.join(arrays)}"
+            f"{', '.join(arrays) or 'none'}"
         )
     return Evaluated(
         metrics={name: float(np.nanmean(array) if array.ndim else array) for name, array in arrays.items()},
@@ -213,11 +213,11 @@ _LARGER = "larger must be better: if {metric} is an error, let evaluate() return
 
 
 def metric_drop(metric: str, value: float, reference: float) -> float:
-    """Loss of the metric relative to fp32 PyTorch's, rounded; raises InputError if that is not positive."""
-    if not reference > 0:
+    """Loss of the metric relative to fp32 PyTorch's, rounded; raises InputError if that is not positive and finite."""
+    if not 0 < reference < math.inf:
         raise InputError(
             f"precision.metric: {metric} of fp32 PyTorch is {reference:g}; a relative drop needs a positive number"
-            + ("" if math.isnan(reference) else f", and {_LARGER.format(metric=metric)}")
+            + (f", and {_LARGER.format(metric=metric)}" if reference <= 0 else "")
         )
     return round((reference - value) / reference, DROP_DIGITS)
 

@@ -43,6 +43,10 @@ from export.runtimes.batching import outputs_of
 from export.runtimes.pytorch_predictor import module_predictor
 
 
+class EvaluateFailed(GateFailed):
+    """evaluate() fails at a variant's outputs, which it did not with PyTorch's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
     """fp32 PyTorch over the evaluation split: the reference for every variant.
@@ -112,11 +116,11 @@ class Baseline:
         }
 
     def _evaluated(self, predict: Predict) -> Evaluated:
-        """A variant's metrics; raises GateFailed if evaluate() fails, which it did not with PyTorch's outputs."""
+        """A variant's metrics; raises EvaluateFailed."""
         try:
             return evaluated(self.source, predict)
         except InputError as error:
-            raise GateFailed(str(error)) from error
+            raise EvaluateFailed(str(error)) from error
 
     @property
     def by_similarity(self) -> bool:
@@ -140,7 +144,10 @@ class Baseline:
             unpruned = [self.unpruned_outputs[place] for place in places]
             return metric_drop("similarity", similarity(parity(self.source.spec, outputs, unpruned)), 1.0), None
         mixed = _Mixed(predict, self.predict, choosing)
-        found = self._evaluated(mixed)
+        try:
+            found = self._evaluated(mixed)
+        except EvaluateFailed:
+            return math.inf, None
         if not 0 < mixed.share < 1:
             raise _too_few_rows()
         pruned = evaluated(self.source, self.predict) if pruning_of(self.source.spec.name) else self.evaluated
@@ -148,6 +155,13 @@ class Baseline:
             self.source, _rescaled(found, pruned, mixed.share), self.evaluated, share=mixed.share
         )
         return (drop, paired) if math.isfinite(drop) else (math.inf, None)
+
+    def judge(self, predict: Predict) -> DropJudgement:
+        """The judgement of a variant over all rows; its drop is infinite if evaluate() fails at its outputs."""
+        try:
+            return judged_variant(self.source.spec, self.measure(predict))
+        except EvaluateFailed:
+            return judged(self.source.spec, math.inf, None)
 
     def half_sizes(self) -> dict[str, int]:
         """Evaluation rows on which layers are chosen, and on which the choice is judged."""

@@ -18,7 +18,7 @@ from deepseek.spec import DeploymentSpec
 from export.artifact import onnx_path
 from export.model_folder import ModelFolder
 from export.precision.accuracy import too_small
-from export.precision.accuracy_budget import Baseline, judged, judged_variant
+from export.precision.accuracy_budget import Baseline, judged
 from export.precision.calibrated_graph import UnpublishedGraphs, finished, kept_calibration
 from export.precision.calibration import Calibration, lengths_of, stratified
 from export.precision.calibration_curve import calibration_curve, would_more_help
@@ -50,7 +50,7 @@ def to_8_bits(
         model, reports["sensitivity"] = sensitivity_pass(
             model,
             graphs.over(calibration.rows[:RANKING_ROWS]),
-            lambda graph: judged_variant(spec, baseline.measure(graphs.predict(graph))),
+            lambda graph: baseline.judge(graphs.predict(graph)),
             lambda graph, choosing: judged(spec, *baseline.drop_on_half(graphs.predict(graph), choosing=choosing)),
         )
         if reports["sensitivity"]["layers"]:

@@ -273,11 +273,17 @@ def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | Non
 def record(result: dict[str, Any], spec: DeploymentSpec, target: Target) -> None:
     """Writes the accuracy into each manifest, with the metric row by row, and the choice."""
     against = "unpruned fp32 PyTorch" if pruning_of(spec.name) else "fp32 PyTorch"
-    for name, variant in result["variants"].items():
+    accuracies: dict[str, dict[str, Any] | None] = {
+        name: {"against": against}
+        | {key: variant[key] for key in ("drop", "judgement", "rows", "metrics", "values", "parity")}
+        for name, variant in result["variants"].items()
+    }
+    accuracies |= dict.fromkeys(result["refused"])  # not that of an earlier choice
+    for name, accuracy in accuracies.items():
         path = engine_path(spec.name, name, target)
-        accuracy = {key: variant[key] for key in ("drop", "judgement", "rows", "metrics", "values", "parity")}
-        manifest = read_manifest(path).model_copy(update={"accuracy": {"against": against, **accuracy}})
-        write_manifest(path.parent / "manifest.json", manifest)
+        if path.with_name("manifest.json").is_file():  # not if it could not be made
+            manifest = read_manifest(path).model_copy(update={"accuracy": accuracy})
+            write_manifest(path.with_name("manifest.json"), manifest)
     result = without_rows(result)
     result["sha256"] = {name: sha256(engine_path(spec.name, name, target)) for name in result["variants"]}
     with staged(choice_path(spec.name, target)) as file:
