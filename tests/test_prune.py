@@ -21,6 +21,7 @@ from export.checks import parity_cases
 from export.model_folder import ModelFolder
 from export.precision.accuracy import Evaluated, paired_drop
 from export.precision.accuracy_budget import Baseline, judged
+from export.stages import prune
 from export.stages.prune import main, prune_source
 from export.stages.to_onnx import export_model
 
@@ -94,6 +95,21 @@ def test_a_load_that_returns_the_same_weights_each_time_is_refused(tmp_path: Pat
         file.write("\n_core = load()\n\ndef load() -> nn.Module:\n    return nn.Sequential(_core)\n")
     with pytest.raises(InputError, match=r"load\(\) returned the same weights twice; let it make new ones each time"):
         prune_source(ModelFolder("image", tmp_path / "models"), 0.25)
+
+
+def test_evaluation_rows_that_are_calibration_rows_too_are_not_learned(
+    tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
+    with (tmp_path / "models" / "image" / "model.py").open("a") as file:
+        file.write(
+            "\n_own = samples\n\ndef samples(split):\n    yield from _own('evaluation')\n"
+            "    if split == 'calibration':\n        yield from list(_own(split))[:3]\n"
+        )
+    learned: list[Any] = []
+    monkeypatch.setattr(prune, "distil", lambda module, teacher, data, checkpoints: learned.extend(data))
+    prune_source(ModelFolder("image", tmp_path / "models"), 0.25)
+    assert sum(len(batch[0]) for batch in learned) == 3 * 4
 
 
 EVALUATE = """

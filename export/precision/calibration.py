@@ -23,6 +23,7 @@ STRATA = 8  # bins of length
 LEAST_ROWS = 2
 FEW_ROWS = 8  # fewer give a note
 POOL = 4  # candidate rows for each row that is used
+MOST_READ = 16  # times the wanted rows: samples() may be endless and give only evaluation rows
 _GOLDEN = 0.618033988749895  # its multiples modulo 1 are spread evenly: no random seed needed
 
 
@@ -163,14 +164,14 @@ def left_out(left: Sequence[Row], shared: int) -> str:
     return f"calibration: {shared} samples are also evaluation samples and were left out{few}"
 
 
-def check_disjoint(left: Sequence[Row], shared: int, where: str) -> None:
+def check_disjoint(left: Sequence[Row], shared: int, where: str, instead: str = 'set candidates = ["fp32"]') -> None:
     """Raises InputError if too few rows are left besides the `shared` ones, which are evaluation rows too."""
     rows = len(left) + shared
     if len(left) < min(LEAST_ROWS, rows):
         raise InputError(
             f"{where}: {shared} of {rows} calibration rows are also evaluation rows; the two must "
             f"be disjoint, or calibration data would decide the accuracy budget: add at least {LEAST_ROWS} other rows, "
-            'or set candidates = ["fp32"]'
+            f"or {instead}"
         )
 
 

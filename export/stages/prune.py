@@ -1,10 +1,11 @@
 """Structured pruning of a model: removes heads and channels, fine-tunes, and checks the accuracy budget.
 
 Contract: prunes the module of `load()` and fine-tunes it in place with model.py's `finetune(module)`. Without that
-function, the pruned module learns the unpruned one's outputs on the calibration rows. The evaluation split is used only
-for the verdict, before and after. Writes `build/<name>/pruned.safetensors`, which every later stage uses, and
-`pruning.json`. Exit 1 if deploy.toml's budget refuses the drop; then nothing is written. A killed fine-tuning
-resumes. Results are cached, unless model.py has `finetune` or `evaluate` but no `fingerprint` of the data they read.
+function, the pruned module learns the unpruned one's outputs on the calibration rows that are not evaluation rows. The
+evaluation split is used only for the verdict, before and after. Writes `build/<name>/pruned.safetensors`, which every
+later stage uses, and `pruning.json`. Exit 1 if deploy.toml's budget refuses the drop; then nothing is written. A killed
+fine-tuning resumes. Results are cached, unless model.py has `finetune` or `evaluate` but no `fingerprint` of the data
+they read.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from export.cache import fill, refined, stage_key
 from export.model_folder import ModelFolder
 from export.precision.accuracy import check_metric, too_small
 from export.precision.accuracy_budget import Baseline, judged_variant
+from export.precision.calibration import MOST_READ, check_disjoint, disjoint
 from export.rows import EVALUATION_ROWS, Row, batches, row_digest
 from export.runtimes.batching import outputs_of
 from export.runtimes.pytorch_predictor import module_predictor
@@ -46,8 +48,9 @@ def prune_source(source: ModelFolder, ratio: float) -> dict[str, Any]:
     """Runs the stage; returns the content of pruning.json, written with the module if the drop is allowed."""
     spec, config = source.spec, PruneConfig(ratio=ratio)
     with log.status("reading samples"):
-        rows = list(source.rows("calibration", spec.precision.calibration_samples))
-        evaluation = list(source.rows("evaluation", EVALUATION_ROWS))
+        most, evaluation = spec.precision.calibration_samples, list(source.rows("evaluation", EVALUATION_ROWS))
+        rows, shared = disjoint(source.rows("calibration", MOST_READ * most), evaluation, most)
+    check_disjoint(rows, shared, f"{source.folder / 'model.py'}: samples('calibration')", "build without PRUNE")
     original = source.unpruned()
     known = source.fingerprint() is not None or (source.finetune is None and spec.precision.metric is None)
     digests = ["".join(sorted(digest.hex() for digest in map(row_digest, split))) for split in (rows, evaluation)]

@@ -29,7 +29,7 @@ from export.cache import put_in_place, refined, stage_key
 from export.graph_file import save_graph
 from export.model_folder import ModelFolder, folder_of, model_py, place_of
 from export.precision.accuracy import check_metric
-from export.precision.calibration import check_disjoint, disjoint, left_out, pool_size, stratified
+from export.precision.calibration import MOST_READ, check_disjoint, disjoint, left_out, pool_size, stratified
 from export.quiet import quiet
 from export.rows import EVALUATION_ROWS, Row, save_rows
 from export.runtimes.batching import outputs_by_batch
@@ -49,7 +49,6 @@ from export.runtimes.pytorch_reference import (
 from export.traceable import innermost, traceable, with_any_attention
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
-MOST_READ = 16  # times the calibration rows: samples() may be endless and give only evaluation rows
 
 log = Console(file=sys.stderr, markup=False)  # created now: the exporter's output is discarded below
 
