@@ -215,18 +215,29 @@ def test_a_caller_that_leaves_while_its_answer_is_sent_is_no_error(
     assert capfd.readouterr().err == ""
 
 
-def test_a_caller_that_takes_no_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        ("/v1/embeddings", {"model": "m", "input": ["a"] * 2048}),
+        ("/rerank", {"query": "a", "texts": ["a" * 4000] * 2000, "return_text": True}),
+    ],
+)
+def test_a_caller_that_takes_no_answer_is_disconnected(
+    route: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else its answer counts towards the memory for good, and all callers are refused."""
     monkeypatch.setattr(openai_process, "SEND_S", 0.5)
 
     async def stall() -> None:
         triton, metrics = StandIn(numbers=4096), Metrics()
         triton.released.set()
-        async with in_front_of(triton, LARGE, metrics) as address:
+        async with in_front_of(triton, replace(LARGE, max_bytes=4000), metrics) as address:
             _, writer = await asyncio.open_connection(*address.split(":"))
             writer.transport.pause_reading()  # type: ignore[attr-defined]
-            body = json.dumps({"model": "m", "input": ["a"] * 2048}).encode()
-            writer.write(b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            body = json.dumps(fields).encode()
+            writer.write(
+                b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (route.encode(), len(body)) + body
+            )
             while 'status="499"' not in metrics.text():
                 await asyncio.sleep(0.05)
             assert (await embed(address, ["a"]))[0] == 200

@@ -217,6 +217,17 @@ def test_a_question_about_a_model_without_names_is_one_line(url: str) -> None:
     assert call(url, "POST", "/recommenders/shop", b"", compressed)[0] == 415
 
 
+def test_a_version_that_left_the_repository_still_recommends(built_shop: Path, tmp_path: Path) -> None:
+    """A server that does not follow the repository serves it on; only its titles are gone."""
+    shutil.copytree(built_shop / "repository", tmp_path / "repository")
+    with serve(tmp_path / "repository") as running:
+        shutil.rmtree(tmp_path / "repository" / "shop" / "1")
+        url = running.places["page"].removesuffix("/")
+        status, _, answer = call(url, "GET", "/recommenders/shop/items?title=e")
+        assert (status, "version 1 is served, but it left the repository" in answer["error"]["message"]) == (404, True)
+        assert call(url, "POST", "/recommenders/shop", b'{"history": ["SKU-1"]}')[0] == 200
+
+
 @needs_chromium
 def test_a_refusal_is_shown_in_words(page: Browser) -> None:
     page.js("document.querySelector('#sentence').value = 'x'.repeat(110_001)")

@@ -15,7 +15,7 @@ from deepseek_client import AsyncInferenceClient, ModelUnavailable
 
 from deepseek.spec.files.repository import model_folders
 from deepseek.spec.vocabulary import CATALOGUE, VOCABULARY
-from serving.openai.errors import api_errors, no_such_model
+from serving.openai.errors import ApiError, api_errors, no_such_model
 from serving.openai.request_body import Allowed, RequestBody, Texts
 
 SHOWN = 8  # items that a search finds, and items that come next
@@ -59,7 +59,7 @@ class Recommenders:
     async def recommend(self, name: str, body: bytes) -> web.Response:
         """The items that come next, best first. Fewer than SHOWN if the model has no more."""
         asked = NextRequest.read(body)
-        await self._items(name)
+        await self._catalogue(name)
         with api_errors(name):
             answer = await self._client.infer(name, {"history": [asked.history]}, outputs=["skus", "titles"])
         pairs = zip(answer["skus"][0][:SHOWN], answer["titles"][0][:SHOWN], strict=True)
@@ -67,13 +67,21 @@ class Recommenders:
 
     async def _items(self, name: str) -> list[Item]:
         """The items of the latest version that is served."""
+        path = await self._catalogue(name)
+        if path not in self._read:
+            try:
+                with path.open(encoding="utf-8-sig", newline="") as file:
+                    rows = list(csv.DictReader(file))
+            except FileNotFoundError:
+                left = f"version {path.parent.name} is served, but it left the repository; restart the server"
+                raise ApiError(404, f"model {name!r}: {left}") from None
+            self._read = {path: [{"item": row["item"], "title": row.get("title") or row["item"]} for row in rows]}
+        return self._read[path]
+
+    async def _catalogue(self, name: str) -> Path:
+        """Where the latest version that is served has its names. Raises ApiError if it takes none."""
         with api_errors(name):
             metadata = await self._client.metadata(name)
         if VOCABULARY not in metadata.parameters:
             raise no_such_model(name, "takes no names (no [vocabulary] in its deploy.toml)")
-        path = self._repository / name / max(metadata.versions, key=int) / CATALOGUE
-        if path not in self._read:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file))
-            self._read = {path: [{"item": row["item"], "title": row.get("title") or row["item"]} for row in rows]}
-        return self._read[path]
+        return self._repository / name / max(metadata.versions, key=int) / CATALOGUE

@@ -5,9 +5,8 @@ Contract: the model takes pairs of texts (`pairs` under `[text]`) and has a scor
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
+import orjson
 
 from serving.openai.errors import ApiError
 from serving.openai.inference import vectors_of
@@ -17,7 +16,7 @@ from serving.openai.text_models import TextModel, prepared
 from serving.openai.triton_http import TritonHttp
 
 
-async def scores(triton: TritonHttp, metrics: Metrics, model: TextModel, request: RerankRequest) -> str:
+async def scores(triton: TritonHttp, metrics: Metrics, model: TextModel, request: RerankRequest) -> bytes:
     """The scores, as the JSON of text-embeddings-inference. Raises ApiError."""
     (query,) = prepared([request.query], "", model, param="query")
     pairs = [(query, text) for text in prepared(request.texts, "", model, param="texts")]
@@ -31,4 +30,4 @@ async def scores(triton: TritonHttp, metrics: Metrics, model: TextModel, request
     for place in np.argsort(-raw, kind="stable").tolist():
         text = {"text": request.texts[place]} if request.return_text else {}
         rows.append({"index": place, **text, "score": float(shown[place])})
-    return json.dumps(rows)
+    return orjson.dumps(rows)

@@ -92,7 +92,8 @@ class Routes:
             asked = SimilarityRequest.read(await _body(request))
             model = await self._model(request, asked.model, 1 + len(asked.inputs.sentences))
             with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES):
-                return web.json_response(await similarities(self._triton, self._metrics, model, asked))
+                answer = await similarities(self._triton, self._metrics, model, asked)
+                return await _sent(request, web.json_response(answer))
 
     async def _rerank(self, request: web.Request) -> web.Response:
         with self._hold_body(request):
@@ -101,7 +102,7 @@ class Routes:
             copies = min(len(asked.texts), model.max_batch * model.parts_at_once)  # each text goes with the query
             with self._hold(copies * len(asked.query.encode())):
                 answer = await scores(self._triton, self._metrics, model, asked)
-        return web.Response(text=answer, content_type="application/json")
+            return await _sent(request, web.Response(body=answer, content_type="application/json"))
 
     async def _recommend(self, recommenders: Recommenders, request: web.Request) -> web.Response:
         with self._hold_body(request):
