@@ -28,6 +28,12 @@ SLO = SloSpec(
 )
 
 
+def test_a_slow_service_without_errors_is_measured_long_enough_to_prove_its_rate() -> None:
+    slo = SloSpec(p95_ms=50, max_error_rate=0)
+    assert seconds_to_prove(slo, 2) == pytest.approx(1.5 * 375 / 2, rel=0.01)  # its p95 takes 90 requests
+    assert seconds_to_prove(slo, 200) == pytest.approx(1.5 * 90 * 0.2, rel=0.01)
+
+
 @pytest.mark.parametrize(("rate", "bound_applies"), [(120, True), (200, True), (200.1, False), (240, False)])
 def test_an_objective_that_is_bound_to_a_rate_applies_up_to_that_rate(rate: float, bound_applies: bool) -> None:
     lines = slo_at(SLO, rate, 10).all_objectives()

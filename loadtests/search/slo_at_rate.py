@@ -19,7 +19,7 @@ from dataclasses import replace
 from deepseek_client import ModelMetadata
 
 from deepseek.spec import DeploymentSpec, Objective, SloSpec
-from deepseek.spec.objectives import requests_needed, samples_needed
+from deepseek.spec.objectives import requests_to_prove, samples_needed
 from loadtests.figures import SIGNS, formatted
 from loadtests.load.task_metric import of_served
 from loadtests.results.settings import LoadSettings
@@ -80,10 +80,9 @@ def seconds_needed(slo: SloSpec, rate_rps: float) -> float:
 
 def seconds_to_prove(slo: SloSpec, rate_rps: float) -> float:
     """Seconds after which this rate can be proved with confidence, even with a few requests over a limit."""
-    lines = [line for line in slo.all_objectives() if line.allowed_share and _applies(line, rate_rps)]
+    lines = slo_at(slo, rate_rps, LONG_TRIAL_S).all_objectives()
     confidence = 1 - (1 - slo.confidence) / MOST_PROOFS
-    needed = [requests_needed(line.allowed_share or 1.0, rate_rps, confidence) for line in lines]
-    return SPARE * max(needed, default=1) / rate_rps
+    return SPARE * max(requests_to_prove(line, rate_rps, confidence) or 1 for line in lines) / rate_rps
 
 
 def quality_of(spec: DeploymentSpec, settings: LoadSettings, served: ModelMetadata) -> tuple[list[str], list[str]]:
