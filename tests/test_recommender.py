@@ -277,12 +277,13 @@ def test_loading_an_untrained_model_is_an_error_that_says_what_to_run(shop: Shop
         (["user,item,timestamp", "a,b,1", "a,c,noon"], "line 3: timestamp: seen 'noon'; allowed: a number, "),
         (["user,item,timestamp", "a,b,nan"], "line 2: timestamp: seen 'nan'"),
         (["user,item,timestamp", "a,b"], "line 2: 2 fields; the header has 3"),
+        (["user,title,item,timestamp", "a,Tea, black,b,1"], "line 2: 5 fields; the header has 4"),
         (["user,item,timestamp", "a,,1"], "line 2: item is empty"),
         (["user,item,timestamp", 'a,"b,1'], "not valid csv: unexpected end of data"),
         (["user,item,timestamp", "a,b,1"], "1 different items; at least 70 are needed: 20 .* besides an input of 50"),
         (log_lines(users=3), "4 users with 4 or more different items; at least 10"),
     ],
-    ids=["empty", "semicolons", "timestamp", "nan", "short", "blank", "quote", "items", "users"],
+    ids=["empty", "semicolons", "timestamp", "nan", "short", "long", "blank", "quote", "items", "users"],
 )
 def test_a_broken_log_is_a_one_line_error_that_says_where(lines: list[str], says: str, shop: Shop) -> None:
     path = shop(lines)

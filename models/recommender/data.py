@@ -206,7 +206,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
                     f"{path}: line 1: columns user,item,timestamp are needed, with commas between them; seen: {seen}"
                 ) from None
             for row in filter(None, reader):  # skip empty lines
-                if len(row) <= max(places):
+                if len(row) <= max(places) or any(row[len(header) :]):
                     raise InputError(f"{path}: line {reader.line_num}: {len(row)} fields; the header has {len(header)}")
                 user, item, timestamp = (row[place].strip() for place in places)
                 if not user or not item:
