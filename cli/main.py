@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cli.commands import BY_NAME, COMMANDS
 from cli.help import listing, page
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     make = words[:1] == ["--make"]
     words = words[make:]
+    if arguments is None:
+        sys.stdout, sys.stderr = _forgiving(sys.stdout), _forgiving(sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # the locale may lack a character of a table or of help
     try:
@@ -44,9 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+class _Output(io.FileIO):
+    """An output whose reader may leave, as in `... | head`: the command goes on, and its exit code is its own."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _forgiving(out: Any) -> Any:
+    if out is None:  # closed, as by `>&-`
+        return open(os.devnull, "w")
+    if not isinstance(out, io.TextIOWrapper):
+        return out
+    out.flush()
+    raw = io.BufferedWriter(_Output(out.fileno(), "wb", closefd=False))
+    by_line = out.line_buffering or out.write_through
+    return io.TextIOWrapper(raw, out.encoding, out.errors, line_buffering=by_line)
 
 
 def _run(words: list[str], make: bool) -> int:

@@ -50,14 +50,17 @@ def test_infer_reads_a_file_and_writes_the_answer(
         np.testing.assert_array_equal(written["y"], expected)
 
 
-def test_a_reader_that_leaves_early_is_no_error(server: EmbeddedServer) -> None:
+@pytest.mark.parametrize(("arguments", "code"), [("metadata add_one", 0), ("ready absent", 1)])
+def test_a_reader_that_leaves_early_does_not_change_the_exit_code(
+    server: EmbeddedServer, arguments: str, code: int
+) -> None:
     """As in `... | head`."""
     reader, writer = os.pipe()
     os.close(reader)
-    words = [sys.executable, "-m", "deepseek_client", "metadata", "add_one", "--url", server.grpc_url]
+    words = [sys.executable, "-m", "deepseek_client", *arguments.split(), "--url", server.grpc_url]
     run = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
-    assert (run.returncode, run.stderr) == (0, "")
+    assert (run.returncode, run.stderr) == (code, "")
 
 
 def test_a_terminal_without_utf_8_shows_the_answer(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ import pytest
 
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement
+from loadtests.load.background_load import BackgroundLoad
 from loadtests.load.request_log import RequestLog, SentRequest
 from loadtests.release.switch_over_load import check_before, main, rate_of, result_of
+from serving.release.gate_commands import SteadyLoad
 from tests.fake_endpoint import FakeEndpoint
 from tests.test_locustfile import SPEC
 
@@ -38,6 +40,19 @@ def test_a_switch_is_not_begun_while_requests_fail() -> None:
         check_before(late, may_fail=False)
     for roll_back_now in (log, late):  # a rollback waits for neither
         check_before(roll_back_now, may_fail=True)
+
+
+def test_a_load_that_died_is_reported_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with SteadyLoad("--model", "absent", "--until", "2") as load:
+        load._process.wait()
+        load.change()
+        with pytest.raises(InputError, match="absent"):
+            load.result()
+    monkeypatch.setattr("loadtests.load.background_load.PROCESS", "print(0.0)")
+    with BackgroundLoad([]) as own:
+        own._process.wait()
+        with pytest.raises(InvalidMeasurement, match="the load ended early"):
+            own.so_far()
 
 
 def test_the_figures_cover_the_load_before_around_and_after_the_change() -> None:

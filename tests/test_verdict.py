@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +289,24 @@ def test_the_exit_code_is_the_verdict(tmp_path: Path, model: Path, capsys: pytes
     assert f"inconclusive  {few.folder}" in capsys.readouterr().out  # no markup
     assert judged(model) == 2
     assert "no load test of tiny" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_an_output_that_nobody_reads_does_not_change_the_exit_code(
+    tmp_path: Path, model: Path, flags: tuple[str, ...]
+) -> None:
+    """As in `... | grep -q holds`, whose reader leaves early, and in `... >&-`."""
+    few = saved_run(tmp_path / "few", steady(0.001, count=20, lag_s=0))
+    long = saved_run(tmp_path / "long", decided(0.001, lag_s=0), timeout_s=5.0, duration_s=70.0)
+    reader, writer = os.pipe()
+    os.close(reader)
+    for run, code in ((few, 3), (long, 0)):
+        words = ["verdict", "--model", "tiny", "--models", str(model), "--run", str(run.folder), *flags]
+        for closed in ("", " >&-"):
+            command = f"exec {shlex.join([sys.executable, '-m', 'cli', *words])}{closed}"
+            ended = subprocess.run(command, shell=True, stdout=writer, stderr=subprocess.PIPE)
+            assert (ended.returncode, ended.stderr) == (code, b"")
+    os.close(writer)
 
 
 def test_a_terminal_without_utf_8_shows_the_verdict(

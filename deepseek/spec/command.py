@@ -81,9 +81,6 @@ def exit_code(main: Callable[[], int | None]) -> int:
         code = _say(error, error.exit_code)
     except KeyboardInterrupt:
         code = _say("interrupted", ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has closed it, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.PASS
     except OSError as error:
         named = error.filename or error.errno in _DISK  # standard output has no file name
         if error.errno not in PLACE_ERRORS or not named:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -85,13 +86,15 @@ class BackgroundLoad:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):  # it has not read all of its input
+                pipe.close()
         self._folder.cleanup()
 
     def so_far(self) -> dict[str, RequestLog]:
         assert self._process.stdin is not None
-        self._process.stdin.write(SO_FAR)
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # the load has ended: there is no answer
+            self._process.stdin.write(SO_FAR)
+            self._process.stdin.flush()
         self._answer()
         return self._read()
 

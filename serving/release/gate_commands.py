@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -96,8 +97,9 @@ class SteadyLoad:
 
     def change(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # the load has ended: `result` says why
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
 
     def result(self) -> dict[str, Any]:
         return self._read()

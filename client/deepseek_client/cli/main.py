@@ -19,7 +19,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deepseek_client.cli import commands
 from deepseek_client.errors import InferenceError, Unreachable
@@ -31,6 +31,8 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    if arguments is None:
+        sys.stdout, sys.stderr = _forgiving(sys.stdout), _forgiving(sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for a sign that it lacks
     args = vars(_parser().parse_args(arguments))
@@ -45,11 +47,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; `make serve` starts one here" if isinstance(error, Unreachable) else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return commands.exit_code(error)
-    except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
+
+
+class _Output(io.FileIO):
+    """An output whose reader may leave, as in `... | head`: the command goes on, and its exit code is its own."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _forgiving(out: Any) -> Any:
+    if out is None:  # closed, as by `>&-`
+        return open(os.devnull, "w")
+    if not isinstance(out, io.TextIOWrapper):
+        return out
+    out.flush()
+    raw = io.BufferedWriter(_Output(out.fileno(), "wb", closefd=False))
+    by_line = out.line_buffering or out.write_through
+    return io.TextIOWrapper(raw, out.encoding, out.errors, line_buffering=by_line)
 
 
 def _parser() -> argparse.ArgumentParser:
