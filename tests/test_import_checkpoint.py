@@ -44,6 +44,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     modules = {}
     for task, kind in KIND_OF.items():
         modules[task] = write_checkpoint(folder / "checkpoints" / task, kind, task)
+        change(folder / "checkpoints" / task, return_dict=False)  # saved for TorchScript
         if task == "encoder":
             write_modules(folder / "checkpoints" / task, MEAN, "Normalize")
         main(values_of("import", str(folder / "checkpoints" / task), "--models", str(folder / "models")))

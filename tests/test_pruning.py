@@ -185,6 +185,16 @@ class RotaryBert(Bert):
         self.attention = Rotary()
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gru = nn.Linear(8, 16), nn.GRU(16, 16, batch_first=True)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(self.gru(F.relu(self.first(x)))[0][:, -1])))
+
+
 class Joined(nn.Module):
     """torch-pruning 1.6 loses the offset of a joined and flattened map."""
 
@@ -204,9 +214,10 @@ class Joined(nn.Module):
         (Stubborn(), IDS, "gates", "qkv", "forward does not work with fewer heads"),
         (Softmax(), torch.randn(4, 8), "two", "one", "its channels depend on each other"),
         (Joined(), IMAGES, "hidden", "left", "its channels depend on each other"),
-        (RotaryBert(), IDS, "up", "attention.query", "its channels cannot be followed, as through rotary embeddings"),
+        (RotaryBert(), IDS, "up", "attention.query", "its channels cannot be followed"),
+        (Recurrent(), torch.randn(4, 6, 8), "up", "first", "its channels cannot be followed"),
     ],
-    ids=["attention", "softmax", "joined", "rotary"],
+    ids=["attention", "softmax", "joined", "rotary", "recurrent"],
 )
 def test_a_layer_whose_units_cannot_be_removed_is_left_alone_and_named(
     model: nn.Module, inputs: Tensor, pruned: str, left: str, reason: str

@@ -72,15 +72,11 @@ class Layer:
             setattr(module, name, getattr(module, name) - count * len(self.units[0]))
 
 
-class Endless(Exception):
-    """A channel leads to ever larger indices."""
-
-
 class Graph(DependencyGraph):
     """torch-pruning's graph, whose search for what a channel leads to always ends."""
 
     def get_pruning_group(self, *where: Any) -> Any:
-        """Raises Endless if an index is larger than any weight.
+        """Raises ValueError if an index is larger than any weight.
 
         torch-pruning takes the halves of rotary embeddings for channels of their own, and goes round in circles.
         """
@@ -89,7 +85,7 @@ class Graph(DependencyGraph):
         class Bounded(graph.Group):
             def add_dep(self, dep: Any, idxs: Any) -> None:
                 if max((index.idx for index in idxs), default=0) >= largest:
-                    raise Endless
+                    raise ValueError("an index is larger than any weight")
                 super().add_dep(dep, idxs)
 
         with mock.patch.object(graph, "Group", Bounded):
@@ -148,8 +144,8 @@ class Prunable:
                 channels = list(range(pruner.get_out_channels(part)))
                 try:
                     group = self.graph.get_pruning_group(part, pruner.prune_out_channels, channels)
-                except Endless:
-                    self.left_alone[self.names[part]] = "its channels cannot be followed, as through rotary embeddings"
+                except Exception:  # torch-pruning raises others at the parts of a GRU, for example
+                    self.left_alone[self.names[part]] = "its channels cannot be followed"
                     continue
                 seen |= {dep.target.module for dep, _ in group if self.graph.is_out_channel_pruning_fn(dep.handler)}
                 yield self.names[part], group

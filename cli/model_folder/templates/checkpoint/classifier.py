@@ -28,7 +28,7 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return self.transformer(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        return self.transformer(input_ids=input_ids, attention_mask=attention_mask, **types, return_dict=True).logits
 
 
 def load() -> nn.Module:

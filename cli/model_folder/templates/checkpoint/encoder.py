@@ -29,7 +29,8 @@ class Encoder(nn.Module):
         self.transformer = transformer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        vectors = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, D)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        vectors = self.transformer(**inputs, return_dict=True).last_hidden_state  # (B, L, D)
         embedding = pooled(vectors, attention_mask.unsqueeze(-1).to(vectors.dtype))
         return nn.functional.normalize(embedding, dim=-1) if NORMALIZED else embedding
 
