@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -187,8 +188,10 @@ def model_py(spec: DeploymentSpec) -> Path:
 def user_code(folder: Path, what: str) -> Iterator[None]:
     """Turns exceptions of a model folder's code into an InputError with file and line.
 
-    Exceptions of our own code called from there (as `evaluate` calls `predict`) keep their traceback.
+    Exceptions of our own code called from there (as `evaluate` calls `predict`) keep their traceback. The working
+    directory is restored: paths of the build are relative to it.
     """
+    here = os.getcwd()
     try:
         yield
     except (InputError, GateFailed, InvalidMeasurement):
@@ -202,6 +205,8 @@ def user_code(folder: Path, what: str) -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError):
             hint = f"; name its package in {folder / FILE}, which `make engine` installs"
         raise InputError(f"{place}: {what}: {type(error).__name__}: {message}{hint}") from error
+    finally:
+        os.chdir(here)
 
 
 def place_of(error: BaseException, folder: Path) -> tuple[str, bool]:

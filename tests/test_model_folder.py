@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, 
 def test_a_load_that_returns_no_module_is_one_error_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny(tmp_path, code=code).load()
+
+
+def test_a_changed_working_directory_is_restored(tmp_path: Path) -> None:
+    change = f"    import os; os.chdir({str(tmp_path)!r})\n"
+    code = f"if True:\n{change}_load = load\ndef load():\n{change}    return _load()\n"
+    before = os.getcwd()
+    tiny(tmp_path, code=code).load()
+    assert os.getcwd() == before
 
 
 def test_a_torchscript_module_is_refused(tmp_path: Path) -> None:

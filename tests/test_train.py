@@ -30,7 +30,6 @@ FOLDER = Path(os.environ["DEEPSEEK_BUILD"]) / "tiny"
 DATA = Path(os.environ["DEEPSEEK_BUILD"]).parent.parent / "data.txt"
 
 def train():
-    FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / "words").exists():
         (FOLDER / "words").write_text("8")
     torch.save(torch.full((8, 8), float(DATA.read_text())), FOLDER / "weights.pt")
@@ -112,6 +111,25 @@ def test_other_data_or_no_cache_trains_again(
 def test_without_a_fingerprint_it_trains_each_time(clone: Clone, tmp_path: Path) -> None:
     assert [make_weights(clone(name, MODEL)) for name in ("one", "two")] == ["trained", "trained"]
     assert not list((tmp_path / "cache").glob("*"))
+
+
+LOG = """
+_train = train
+
+def train():
+    _train()
+    Path(__file__).with_name("log").touch()
+"""
+
+
+@pytest.mark.parametrize("known", ["", FINGERPRINT], ids=["not cached", "cached"])
+def test_a_train_that_writes_into_the_model_folder_gets_a_warning(
+    clone: Clone, known: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_weights(clone("one", MODEL))
+    assert capsys.readouterr().err == ""
+    make_weights(clone("two", MODEL + LOG + known))
+    assert "two/tiny/log, so the next build trains again; let it write under " in capsys.readouterr().err
 
 
 def test_an_entry_that_lacks_files_from_before_training_is_made_again(clone: Clone, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import contextlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from export.artifact import staged, weights_path
 from export.cache import fill, refined, stage_key
 from export.model_folder import ModelFolder
 from export.runtimes.pytorch_reference import weights_digest
+from export.sources import files_in
 
 How = Literal["brought", "cached", "trained"]
 SAID = {
@@ -35,6 +38,7 @@ FILES = "files"  # folder of a cache entry: what train() wrote
 def make_weights(source: ModelFolder) -> How:
     """Runs the stage; returns how the weights were made."""
     told = source.fingerprint()
+    build_dir(source.spec.name).mkdir(parents=True, exist_ok=True)  # where train() writes
     how = "brought" if source.train is None else _trained(source, told)
     with staged(weights_path(source.spec.name)) as file:
         file.write_text(_facts(source, told))
@@ -47,12 +51,11 @@ def _facts(source: ModelFolder, fingerprint: str | None) -> str:
 
 
 def _trained(source: ModelFolder, fingerprint: str | None) -> How:
-    assert source.train is not None
-    folder, train = build_dir(source.spec.name), source.train
+    folder = build_dir(source.spec.name)
     facts = weights_path(source.spec.name).name  # in the entry too, where `--explain` looks for it
     key = None if fingerprint is None else refined(stage_key(), fingerprint=fingerprint)
     if key is None:
-        train()
+        _train(source)
         return "trained"
     how: How = "cached"
 
@@ -60,8 +63,8 @@ def _trained(source: ModelFolder, fingerprint: str | None) -> How:
         """Trains; fills a cache entry with the files that train() has written or changed."""
         nonlocal how
         before, how = _files(folder), "trained"
-        train()
-        for name in [name for name, facts in _files(folder).items() if before.get(name) != facts]:
+        _train(source)
+        for name in _changed(before, _files(folder)):
             (entry / FILES / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, entry / FILES / name)
         (entry / facts).write_text(_facts(source, fingerprint))
@@ -84,12 +87,35 @@ def _trained(source: ModelFolder, fingerprint: str | None) -> How:
     return how
 
 
+def _train(source: ModelFolder) -> None:
+    """Runs train(); warns if it wrote into the model folder, which is an input of this stage."""
+    assert source.train is not None
+    before = _states(files_in(source.folder))
+    source.train()
+    if written := _changed(before, _states(files_in(source.folder))):
+        print(
+            f"warning: train() wrote {source.folder / written[0]}, so the next build trains again; let it write under "
+            f"{build_dir(source.spec.name)}",
+            file=sys.stderr,
+        )
+
+
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
     """Time and size of each file under a folder, without scratch folders of other processes."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in paths}
-    facts = {name: path.stat() for name, path in names.items() if not name.startswith(SCRATCH)}
-    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in facts.items()}
+    return _states({name: path for name, path in names.items() if not name.startswith(SCRATCH)})
+
+
+def _states(files: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
+    """Time and size of each file."""
+    found = {name: path.stat() for name, path in files.items()}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
+
+
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """Names of files that are new or have changed."""
+    return [name for name, state in after.items() if before.get(name) != state]
 
 
 def main(options: argparse.Namespace) -> None:
