@@ -50,6 +50,8 @@ def folder_name(text: str) -> str:
 
 def path(text: str) -> Path:
     """A file or folder. Replaces ~ by the home folder if no shell has."""
+    if not text:
+        raise ValueError("a path is needed")
     try:
         return Path(text).expanduser()
     except RuntimeError:

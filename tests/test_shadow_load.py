@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from deepseek_client import ServerBusy, ServerError
 
-from loadtests.release.shadow_load import Differences, Shadow, judged
+from cli.main import values_of
+from deepseek.spec import InputError
+from loadtests.release.shadow_load import Differences, Shadow, judged, main
 
 
 class Answers:
@@ -89,3 +92,10 @@ def test_differences_between_versions_are_reported() -> None:
     both.add(np.array([[1.0, 2.0]]), np.array([[1.0, 2.5]]))
     both.add(np.array([[np.inf, 2.0]]), np.array([[np.inf, 2.0]]))
     assert both.figures() == {"worst_error": 0.5, "same": 0.75}
+
+
+def test_a_wrong_address_is_bad_input(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", **{"00000/ids": np.ones((1, 3))})  # type: ignore[arg-type]
+    words = ("--model", "text", "--models", "tests/models", "--inputs", str(tmp_path / "rows.npz"))
+    with pytest.raises(InputError, match="must be host:port"):
+        main(values_of("shadow-load", *words, "--base-url", "nowhere", "--new-url", "127.0.0.1:9"))

@@ -76,8 +76,8 @@ def server_url(values: Namespace) -> str:
 def published_target(values: Namespace, repository: Path | None = None) -> str:
     """The target of the newest version of the model in the repository."""
     folder = (repository or Path(getattr(values, "repository", "model_repository"))) / values.model
-    manifests = [path for path in folder.glob("*/manifest.json") if path.parent.name.isdigit()]
     try:
+        manifests = [path for path in folder.glob("*/manifest.json") if path.parent.name.isdigit()]
         newest = max(manifests, key=lambda path: int(path.parent.name))
         return str(json.loads(newest.read_text())["target"])
     except (OSError, ValueError, KeyError):

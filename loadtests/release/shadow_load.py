@@ -185,18 +185,18 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--requests {args.requests}: a confidence interval needs {LEAST_REQUESTS} or more")
     spec = DeploymentSpec.of_model(args.model, args.models)
     rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model)), spec.axes[BATCH].min), seed=0)
-    with ExitStack() as stack:
-        clients = {
-            side: stack.enter_context(
-                InferenceClient(url, args.protocol, timeout_s=args.timeout_s, retries=0, max_response_bytes=None)
-            )
-            for side, url in (("base", args.base_url), ("new", args.new_url))
-        }
-        shadow = Shadow(args.model, clients, rows)
-        try:
+    try:
+        with ExitStack() as stack:
+            clients = {
+                side: stack.enter_context(
+                    InferenceClient(url, args.protocol, timeout_s=args.timeout_s, retries=0, max_response_bytes=None)
+                )
+                for side, url in (("base", args.base_url), ("new", args.new_url))
+            }
+            shadow = Shadow(args.model, clients, rows)
             shadow.run(args.requests)
-        except InferenceError as error:
-            raise InputError(str(error)) from None
+    except InferenceError as error:
+        raise InputError(str(error)) from None
     result = judged(shadow, args.threshold / 100)
     print(json.dumps(result, indent=2))
     return EXIT_CODES[result["verdict"]]
