@@ -7,10 +7,8 @@ import json
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -131,23 +129,6 @@ def test_a_batch_outside_the_profile_is_refused_and_not_joined_with_others(
         answers |= found
     assert answers[0] == f"INVALID_ARG: x: axis batch is {rows}; allowed: 4"
     assert (model.ran, answers[1]) == ([4], {"y": [[1], [2], [3], [4]]})
-
-
-def test_the_end_frees_the_counters(backend: Any, tmp_path: Path) -> None:
-    """Also those in reference cycles: a counter that outlives Triton's memory crashes the process."""
-    model = model_of(backend, 0, tmp_path)
-    model.itself, model.profile, model.bulk = model, None, None
-    model.answers, model.sender, model.session = SimpleQueue(), threading.Thread(), None
-    model.sender.start()
-    family = Family()
-    model.count_failures, freed = partial(print, family), weakref.ref(family)
-    del family
-    model.finalize()
-    assert freed() is None
-
-
-class Family:
-    """Counters."""
 
 
 def test_two_threads_never_increment_a_counter_at_once(backend: Any) -> None:

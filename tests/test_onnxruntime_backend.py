@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import urllib.request
@@ -126,6 +127,17 @@ def test_failures_of_onnx_runtime_are_counted_by_model(tmp_path: Path) -> None:
         assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 40
         succeeded = 'nv_inference_request_success{model="fragile",version="1"}'  # counted after the answers
         wait_for(lambda: counter(server, succeeded) >= 80)
+
+
+def test_a_version_that_is_loaded_again_keeps_its_counters(tmp_path: Path) -> None:
+    """Its old processes end after the new ones began. If they freed the counters, the new ones would crash the server."""
+    write_fragile(tmp_path / "repository")
+    log = tmp_path / "triton.log"
+    with EmbeddedServer(tmp_path / "repository", poll_s=1, **FREE, log_path=log) as server:
+        os.utime(tmp_path / "repository" / "fragile" / "config.pbtxt")
+        wait_for(lambda: "successfully unloaded 'fragile'" in log.read_text())
+        series = 'onnxruntime_inference_request_failure{model="fragile",reason="INTERNAL",version="1"}'
+        assert counter(server, series) == 0
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ _COUNTING = threading.Lock()
 _USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name
 _set_capsule_name = ctypes.pythonapi.PyCapsule_SetName
 _set_capsule_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_keep = ctypes.pythonapi.Py_IncRef
+_keep.argtypes = [ctypes.py_object]
 
 
 class TritonPythonModel:
@@ -285,10 +287,7 @@ class TritonPythonModel:
         return self.session.run(self.outputs, joined)
 
     def finalize(self) -> None:
-        """Sends the remaining answers and frees everything.
-
-        Triton's counters must be freed here: after this call their memory is gone, and the process would crash.
-        """
+        """Sends the remaining answers and frees everything but the counters."""
         if self.bulk is not None:
             self.bulk.close()
         self.answers.put(None)
@@ -310,17 +309,21 @@ def _types(config: dict) -> dict[str, str]:
 def _counts(described: dict[str, str], args: dict[str, str], **labels: str) -> Callable:
     """A function that adds a number to each of these counters of the model, which all instances share.
 
+    The counters are never freed. Triton would free them for all processes: if a version is loaded again, the new ones
+    would write to memory that the old ones freed, and the server would crash.
     An increment waits for the server for as long as a row of a small model takes. So 0 is not added.
     Two threads that increment a counter at once would corrupt the memory that this process shares with Triton.
     """
     labels = {"model": args["model_name"], "version": args["model_version"], **labels}
-    families = [  # they must stay alive
+    families = [
         pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
         for name, description in described.items()
     ]
     counters = [family.Metric(labels=labels) for family in families]
+    for kept in (*families, *counters):
+        _keep(kept)
 
-    def count(*numbers: int, _families: object = families) -> None:
+    def count(*numbers: int) -> None:
         for counter, number in zip(counters, numbers, strict=True):
             if number:
                 with _COUNTING:
