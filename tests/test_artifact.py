@@ -13,7 +13,7 @@ import onnx
 import pytest
 from deepseek_client.cli.commands import _write
 
-from deepseek.spec.files.folders import scratch_in
+from deepseek.spec.files.folders import scratch_in, write_whole
 from export.artifact import staged
 from export.graph_file import save_graph
 from export.rows import Row, row_digest, save_arrays
@@ -24,7 +24,7 @@ from tests.conftest import run_module
 OWNER = """
 import sys, time
 from pathlib import Path
-from deepseek.spec.files.folders import scratch_in
+from deepseek.spec.files.folders import scratch_in, write_whole
 with scratch_in(Path(sys.argv[1])):
     print("there", flush=True)
     time.sleep(60)
@@ -87,6 +87,18 @@ def test_rows_that_differ_only_in_shape_or_type_are_different() -> None:
     rows: list[Row] = [{"x": values}, {"x": values.reshape(1, 2, 4)}, {"x": values.view(np.float64)}, {"y": values}]
     assert len(set(map(row_digest, rows))) == 4
     assert row_digest({"x": values.copy()}) == row_digest(rows[0])
+
+
+def test_a_pipe_and_what_lies_under_dev_are_written_in_place(tmp_path: Path) -> None:
+    """As root, replacing /dev/null would make it a file for every process."""
+    pipe, file = tmp_path / "pipe", tmp_path / "file"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with file.open("w") as opened:
+        write_whole(pipe, "to a pipe")
+        write_whole(Path(f"/dev/fd/{opened.fileno()}"), "to a redirected output")
+    assert (os.read(reader, 100), pipe.is_fifo(), file.read_text()) == (b"to a pipe", True, "to a redirected output")
+    os.close(reader)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
