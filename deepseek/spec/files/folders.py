@@ -69,8 +69,8 @@ def _lock(folder: Path, flags: int = 0) -> int:
 def beside(path: Path) -> Iterator[Path]:
     """A draft file beside `path`, which replaces `path` if the block succeeds and is deleted otherwise.
 
-    The draft has the suffix of `path`. Missing parent folders are created. A device or a pipe, such as /dev/stdout, is its
-    own draft: to replace it would destroy it.
+    The draft has the suffix of `path`. Missing parent folders are created. A device or a pipe, such as /dev/stdout, is
+    its own draft: to replace it would destroy it.
     """
     if path.parts[:2] == ("/", "dev") or (path.exists() and not path.is_file()):
         yield path
