@@ -86,10 +86,10 @@ def test_outputs_are_a_tuple_in_the_order_of_deploy_toml(tmp_path: Path, body: s
     torch.testing.assert_close(returned[1], torch.full((2, 8), 2.0))
 
 
-@pytest.mark.parametrize("name", ["in-put", "lambda", "returned"])
+@pytest.mark.parametrize("name", ["in-put", "lambda", "returned", "größe"])
 def test_an_input_that_is_no_python_name_is_passed_by_position(tmp_path: Path, name: str) -> None:
     code = f"\n_own = samples\ndef samples(split):\n    for row in _own(split):\n        yield {{{name!r}: row['x']}}\n"
-    result, _ = export(tmp_path, toml=TOML.replace("inputs.x", f"inputs.{name}"), code=code)
+    result, _ = export(tmp_path, toml=TOML.replace("inputs.x", f"inputs.'{name}'"), code=code)
     schema = torch.jit.load(result["path"]).forward.schema
     assert [argument.name for argument in schema.arguments[1:]] == ["argument_0"]
 

@@ -94,7 +94,7 @@ def scripted(spec: DeploymentSpec, model: torch.nn.Module, example: tuple[torch.
 def _served(spec: DeploymentSpec, inner: Any, example: tuple[torch.Tensor, ...]) -> Any:
     """`inner` frozen, with the signature's argument names and its outputs as a tensor or a tuple."""
     names = list(spec.inputs)
-    if not all(name.isidentifier() and not keyword.iskeyword(name) and name not in _TAKEN for name in names):
+    if not all(name.isascii() and name.isidentifier() and name not in (*keyword.kwlist, *_TAKEN) for name in names):
         names = [f"argument_{place}" for place in range(len(names))]
     arguments = ", ".join(names)
     returned = inner(*example)
