@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Output(io.FileIO):
-    """An output whose reader may leave, as in `... | head`: the command goes on, and its exit code is its own."""
+    """An output whose reader may leave, as in `... | head`: the command continues, and its exit code is its own."""
 
     def write(self, data: Any) -> int:
         try:

@@ -272,7 +272,7 @@ def test_a_model_with_a_new_signature_needs_no_new_client(tmp_path: Path, protoc
 
 
 @pytest.mark.parametrize("model", [["add_one"], 5, None])
-def test_a_model_whose_name_is_no_text_is_refused_and_not_counted(model: Any) -> None:
+def test_a_model_whose_name_is_not_a_text_is_refused_and_not_counted(model: Any) -> None:
     with InferenceClient("127.0.0.1:9") as client:
         with pytest.raises(InvalidInput, match="pass a text"):
             client.infer(model, {"x": X})

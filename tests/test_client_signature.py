@@ -127,7 +127,7 @@ def _damaged(path: Path) -> None:
         pytest.param("x.json", lambda path: path.write_text("[1]"), 'it must be an object: {"name of an', id="list"),
     ],
 )
-def test_a_file_that_is_no_request_is_refused_in_one_line(
+def test_a_file_without_a_request_is_refused_in_one_line(
     tmp_path: Path, name: str, write: Callable[[Path], object], says: str
 ) -> None:
     write(tmp_path / name)

@@ -104,7 +104,7 @@ def time_name(*folders: Path) -> str:
     now = datetime.now(UTC).replace(tzinfo=None)
     found = (TIME_NAME.match(path.name) for folder in folders if folder.is_dir() for path in folder.iterdir())
     if last := max((match[1] for match in found if match), default=None):
-        with suppress(ValueError, OverflowError):  # a name that is no time
+        with suppress(ValueError, OverflowError):  # such as month 13
             now = max(now, datetime.strptime(last, TIME) + timedelta(milliseconds=1))
     return f"{now.strftime(TIME)[:-3]}Z"
 
