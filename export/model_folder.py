@@ -105,18 +105,8 @@ class ModelFolder:
         if isinstance(model, type) or not callable(getattr(model, "named_parameters", None)):
             seen = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
             raise InputError(f"{self.folder / 'model.py'}: load() returned {seen}; a torch.nn.Module is needed")
-        if type(model).__module__.startswith("torch.jit"):
-            raise InputError(
-                f"{self.folder / 'model.py'}: load() returned TorchScript ({type(model).__name__}); the exporter "
-                "traces Python: return the torch.nn.Module that it was made from"
-            )
+        _check_parts(model, self.folder / "model.py")
         _check_forward(model, self.spec, self.folder / "model.py")
-        for name, tensor in model.state_dict().items():
-            if isinstance(tensor, torch.Tensor) and tensor.layout != torch.strided:
-                raise InputError(
-                    f"{self.folder / 'model.py'}: load(): {name!r} is sparse, and ONNX has no sparse products; keep it "
-                    "dense, or keep its indices and values, for index_select and index_add"
-                )
         with user_code(self.folder, "load()"):
             model.cpu().eval()
             first = str([weights.flatten()[:1].tolist() for weights in model.parameters()])
@@ -156,6 +146,28 @@ class ModelFolder:
     def _samples(self, split: Split) -> Iterator[Any]:
         with user_code(self.folder, f"samples({split!r})"):
             yield from self._module.samples(split)
+
+
+def _check_parts(model: Any, path: Path) -> None:
+    """Raises InputError for what the exporter cannot trace: TorchScript, quantized modules and sparse tensors."""
+    for name, part in model.named_modules():
+        kind, what = type(part).__module__, f"load(): {name!r} is" if name else "load() returned"
+        if kind.startswith("torch.jit") and (not name or kind == "torch.jit._script"):
+            raise InputError(
+                f"{path}: {what} TorchScript ({type(part).__name__}); the exporter traces Python: return the "
+                "torch.nn.Module that it was made from"
+            )
+        if kind.startswith("torch.ao.nn.quantized"):
+            raise InputError(
+                f"{path}: {what} quantized by PyTorch ({type(part).__name__}); return the module before that: the "
+                "build quantizes it"
+            )
+    for name, tensor in model.state_dict().items():
+        if getattr(tensor, "is_sparse", False) or getattr(tensor, "is_sparse_csr", False):
+            raise InputError(
+                f"{path}: load(): {name!r} is sparse, and ONNX has no sparse products; keep it dense, or keep its "
+                "indices and values, for index_select and index_add"
+            )
 
 
 def _check_forward(model: Any, spec: DeploymentSpec, path: Path) -> None:

@@ -70,13 +70,25 @@ def test_a_changed_working_directory_is_restored(tmp_path: Path) -> None:
     assert os.getcwd() == before
 
 
-def test_a_torchscript_module_is_refused(tmp_path: Path) -> None:
-    code = "\ndef load():\n    import warnings\n    warnings.simplefilter('ignore')\n    return torch.jit.script(Tiny().line)\n"
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (
+            "torch.jit.script(Tiny().line)",
+            r"load\(\) returned TorchScript .* return the torch.nn.Module that it was made",
+        ),
+        (
+            "torch.nn.Sequential(torch.jit.script(Tiny().line))",
+            r"load\(\): '0' is TorchScript .* return the torch.nn.Mod",
+        ),
+        ("torch.ao.quantization.quantize_dynamic(Tiny())", r"'line' is quantized by PyTorch .* the build quantizes it"),
+    ],
+    ids=["TorchScript", "a part of TorchScript", "quantized"],
+)
+def test_a_module_that_cannot_be_traced_is_refused(tmp_path: Path, returned: str, message: str) -> None:
+    code = f"\ndef load():\n    import warnings\n    warnings.simplefilter('ignore')\n    return {returned}\n"
     source = tiny(tmp_path, code=code)
-    with (
-        warnings.catch_warnings(),
-        pytest.raises(InputError, match=r"returned TorchScript .* return the torch.nn.Module that it was made from"),
-    ):
+    with warnings.catch_warnings(), pytest.raises(InputError, match=message):
         source.load()
 
 
