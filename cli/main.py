@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Output(io.FileIO):
-    """An output whose reader may leave, as in `... | head`: the command continues, and its exit code is its own."""
+    """An output whose reader may leave, as in `... | head`: the command continues, and its exit code is its own.
+
+    `deepseek_client/cli/main.py` has the same: it is installed alone, and this file runs before anything is installed.
+    """
 
     def write(self, data: Any) -> int:
         try:

@@ -78,7 +78,7 @@ class Graph(DependencyGraph):
     def get_pruning_group(self, *where: Any) -> Any:
         """Raises ValueError if an index is larger than any weight.
 
-        torch-pruning takes the halves of rotary embeddings for channels of their own, and goes round in circles.
+        torch-pruning takes the halves of rotary embeddings for channels of their own, and never ends.
         """
         largest = max(size for parameter in self.model.parameters() for size in parameter.shape)
 

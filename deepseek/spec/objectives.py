@@ -219,7 +219,7 @@ def requests_needed(share: float, rate_rps: float, confidence: float = CONFIDENC
 
 
 def requests_to_prove(line: Objective, rate_rps: float, confidence: float = CONFIDENCE) -> int | None:
-    """The number of requests that prove an objective at a rate, if none is over its limit or lost.
+    """The number of requests that prove an objective at a rate, if every one is answered within its limit.
 
     None if one request decides, as on a maximum, or no number does, as at a rate below a throughput.
     """

@@ -278,7 +278,7 @@ def record(result: dict[str, Any], spec: DeploymentSpec, target: Target) -> None
         | {key: variant[key] for key in ("drop", "judgement", "rows", "metrics", "values", "parity")}
         for name, variant in result["variants"].items()
     }
-    accuracies |= dict.fromkeys(result["refused"])  # not that of an earlier choice
+    accuracies |= dict.fromkeys(result["refused"])  # an earlier choice may have written one
     for name, accuracy in accuracies.items():
         path = engine_path(spec.name, name, target)
         if path.with_name("manifest.json").is_file():  # not if it could not be made

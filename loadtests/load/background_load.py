@@ -92,7 +92,7 @@ class BackgroundLoad:
 
     def so_far(self) -> dict[str, RequestLog]:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the load has ended: there is no answer
+        with suppress(BrokenPipeError):  # the load has ended and will not answer
             self._process.stdin.write(SO_FAR)
             self._process.stdin.flush()
         self._answer()

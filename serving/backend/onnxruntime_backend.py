@@ -21,7 +21,8 @@ Triton counts every answer as a success, even an error, so this module counts fa
 There the thread sends all answers, the last ones after `execute` has returned, so that it happens less often.
 
 Tensors are passed as DLPack: the embedded server's stub was compiled for numpy 1. Under numpy 2 its `as_numpy()` has
-zero strides and its `Tensor(name, array)` sends zero bytes, both silently.
+zero strides and its `Tensor(name, array)` sends zero bytes, both silently. Models with strings correct that
+(`serving/backend/numpy1_stub.py`).
 """
 
 import contextlib
@@ -60,7 +61,7 @@ _VOCABULARY_COUNTERS = {
     "onnxruntime_vocabulary_unknown_names": "Names that the vocabulary does not have",
 }
 RETURNS = "libwakeup" in os.environ.get("LD_PRELOAD", "")
-"""Whether `execute` may return answers: 1.07 times the requests/s of the recommender."""
+"""Whether `execute` may return answers, which costs less than a thread (docs/research/2026-11-small-models.md)."""
 _BULK = "2"  # Triton's priority of bulk requests
 _COUNTING = threading.Lock()
 _USED = b"used_dltensor"  # module level, so that it stays alive: a capsule only points to its name

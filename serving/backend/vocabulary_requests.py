@@ -24,7 +24,7 @@ HISTORY, K = "history", "k"
 SKUS, TITLES = "skus", "titles"
 
 
-@dataclass(slots=True)  # frozen would take more time than the rest of it
+@dataclass(slots=True)  # not frozen: that is slower to create, and there is one for each request
 class NamedRequest:
     """A request as the model takes it."""
 
@@ -58,7 +58,7 @@ class VocabularyRequests:
 
     def read(self, tensors: Mapping[str, Any], _: object) -> NamedRequest:
         """The request with these inputs. Raises ValueError with the reason if it cannot be taken."""
-        sent = {name: tensor.as_numpy() for name, tensor in tensors.items()}
+        sent = {name: tensor.as_numpy() for name, tensor in tensors.items()}  # right for numbers too, as for strings
         if any(array.ndim != 2 for array in sent.values()):
             raise ValueError(NO_ROWS)
         batch = len(next(iter(sent.values())))
