@@ -112,7 +112,6 @@ def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> 
             ReleaseJournal(releases, "rollback", 3, before=5)
     asked = ("releases", "--model", "text", "--models", "tests/models", "--json")
     assert [each["before"] for each in run_json(*asked, build=str(tmp_path / "there")).data["releases"]] == [5]
-    assert run_json(*asked, build=str(tmp_path / "here")).data["releases"] == []
 
 
 @pytest.mark.parametrize(
@@ -155,9 +154,13 @@ def live_options(url: str, **more: Any) -> Namespace:
 def test_only_a_refused_connection_means_that_no_server_runs(
     hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("serving.release.live_server.LONGEST_S", 0.5)
     with pytest.raises(InputError, match=r"did not answer .*; a server may run at 127"):
         LiveServer.find(live_options(hung, repository=tmp_path), 1)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LiveServer, "look", lambda live: (None, "no answer"))
+    with pytest.raises(InputError, match="no answer; leave the address out"):
+        LiveServer.find(live_options("127.0.0.1:9", repository=tmp_path, given={"url"}), 1)
     options = live_options("127.0.0.1:9", repository=tmp_path)
     port = hung.partition(":")[2]
     Path(".env").write_text(f"STACK_REPOSITORY='{tmp_path}'\nGATEWAY_PORT={port}\n")
@@ -275,6 +278,7 @@ def test_a_rollback_says_that_a_stack_without_local_ports_follows(
     monkeypatch.setattr("serving.release.rollback.refresh_stack", lambda repository: Skipped("no stack"))
     monkeypatch.setattr("serving.release.rollback.running_gateway", lambda *_: "localhost:8443")
     monkeypatch.setattr(Rollback, "_take_out", lambda _: None)
+    monkeypatch.setattr(LiveServer, "look", lambda live: (None, "nothing listens"))
     journal = ReleaseJournal(tmp_path / "releases", "rollback", 1, before=2)
     Rollback(live_options("127.0.0.1:9", repository=tmp_path), journal, 2, 1).run()
     record = read(journal.folder)
