@@ -32,7 +32,7 @@ from deepseek_client import (
 
 from serving.embedded.serve import EmbeddedServer
 from tests.conftest import FREE, write_add_one
-from tests.failing_servers import Client, Relay, X, answering, kinds, protocols, status, url_of
+from tests.failing_servers import Awaited, Client, Relay, X, answering, kinds, protocols, status, url_of
 from tests.gateway import wait_for
 
 Connect = Callable[..., Client]
@@ -128,7 +128,7 @@ def test_a_refused_connection_is_retried_until_the_deadline(connect: Connect, pr
         refused_url = f"127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(Unreachable, match="Connection refused"):
         connect(protocol, refused_url, retries=0).ready()
-    client = connect(protocol, refused_url, retries=1000, timeout_s=1)
+    client = connect(protocol, refused_url, retries=1000, timeout_s=0.5)
     with pytest.raises((Unreachable, DeadlineExceeded)):  # the second if the deadline passes during an attempt
         client.infer("add_one", {"x": X})
     assert 1 <= client.statistics().models["add_one"].retries < 1000
@@ -167,8 +167,7 @@ def test_the_server_drops_a_queued_request_whose_deadline_is_over(
     assert executed(server, "slow") - before < 3 * late
 
 
-@kinds
-@protocols
+@pytest.mark.parametrize(("protocol", "kind"), [("http", Awaited), ("grpc", InferenceClient)])
 def test_a_full_queue_is_busy_and_retries_get_through(connect: Connect, protocol: str) -> None:
     hasty, patient = connect(protocol, retries=0), connect(protocol, retries=100, retry_budget=None, timeout_s=60)
     request = hasty.prepare("slow", {"x": np.repeat(X, 8, axis=0)})  # fills a batch: 0.2 s each
@@ -182,7 +181,7 @@ def test_a_full_queue_is_busy_and_retries_get_through(connect: Connect, protocol
     with ThreadPoolExecutor(12) as pool:
         said = list(pool.map(outcome, [hasty] * 12))
         assert any("Exceeds maximum queue size" in each for each in said)
-        assert list(pool.map(outcome, [patient] * 12)) == ["(8, 2, 3)"] * 12
+        assert list(pool.map(outcome, [patient] * 6)) == ["(8, 2, 3)"] * 6
 
 
 @kinds
@@ -208,11 +207,10 @@ def test_the_client_reconnects_to_a_restarted_server(connect: Connect, protocol:
     relay.cut()  # an idle connection
     np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
     relay.close()
-    threading.Timer(0.5, relay.reopen).start()
+    threading.Timer(0.2, relay.reopen).start()
     np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
 
 
-@kinds
 @pytest.mark.parametrize(
     ("line", "body", "expected", "attempts"),
     [
@@ -239,7 +237,6 @@ def test_each_status_maps_to_one_error_and_only_refusals_are_retried(
     assert len(seen) == attempts
 
 
-@kinds
 def test_the_reason_of_an_error_in_openais_shape_is_its_message(connect: Connect) -> None:
     body = '{"error": {"message": "model m: not here", "type": "invalid_request_error"}}'
     with (
@@ -256,16 +253,21 @@ def test_the_grpc_port_used_for_http_is_named_in_the_error(connect: Connect, ser
         connect("grpc", server.http_url, timeout_s=10).ready()
 
 
-@protocols
-def test_a_model_with_a_new_signature_needs_no_new_client(tmp_path: Path, protocol: str) -> None:
+def test_a_model_with_a_new_signature_needs_no_new_client(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     config = tmp_path / "repository" / "add_one" / "config.pbtxt"
-    with EmbeddedServer(tmp_path / "repository", **FREE, poll_s=1, log_path=tmp_path / "log") as running:
-        url = url_of(running, protocol)
-        with InferenceClient(url, protocol) as client, InferenceClient(url, protocol) as watcher:  # type: ignore[arg-type]
+    with (
+        EmbeddedServer(tmp_path / "repository", **FREE, poll_s=1, log_path=tmp_path / "log") as running,
+        InferenceClient(running.http_url, "http") as over_http,
+        InferenceClient(running.grpc_url) as over_grpc,
+        InferenceClient(running.grpc_url) as watcher,
+    ):
+        clients = (over_http, over_grpc)
+        for client in clients:
             client.infer("add_one", {"x": X})
-            config.write_text(config.read_text().replace("[2, -1]", "[3, -1]"))
-            wait_for(lambda: watcher.metadata("add_one").inputs[0].shape == (-1, 3, -1))
+        config.write_text(config.read_text().replace("[2, -1]", "[3, -1]"))
+        wait_for(lambda: watcher.metadata("add_one").inputs[0].shape == (-1, 3, -1))
+        for client in clients:
             with pytest.raises(InvalidInput):
                 client.infer("add_one", {"x": X})
             assert client.infer("add_one", {"x": np.ones((1, 3, 1), np.float32)})["y"].tolist() == [[[2], [2], [2]]]

@@ -15,7 +15,7 @@ from deepseek_client.tensors import listed_to_numpy
 from tritonclient.grpc import service_pb2
 
 from loadtests.results.settings import LoadSettings
-from tests.failing_servers import Client, answering, grpc_answering, kinds, refuse
+from tests.failing_servers import answering, grpc_answering, refuse
 from tests.fake_kserve import SIGNATURE, Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
 
 X = {"x": np.ones((1, 3), np.float32)}
@@ -145,7 +145,6 @@ def test_a_large_grpc_message_is_refused() -> None:
         grpc_answered(answer, max_response_bytes=1 << 20)
 
 
-@kinds
 @pytest.mark.parametrize(
     "call",
     [
@@ -156,9 +155,9 @@ def test_a_large_grpc_message_is_refused() -> None:
     ],
     ids=["ready", "metadata", "statistics", "infer"],
 )
-def test_bytes_that_are_no_message_are_one_error(kind: Callable[..., Client], call: Callable[[Any], Any]) -> None:
+def test_bytes_that_are_no_message_are_one_error(call: Callable[[Any], Any]) -> None:
     answers = grpc_answering(lambda request, context: b"\xff\x01")
-    with answers as (url, _), kind(url, retries=0) as client, pytest.raises(ServerError):
+    with answers as (url, _), InferenceClient(url, retries=0) as client, pytest.raises(ServerError):
         call(client)
 
 

@@ -77,11 +77,10 @@ def test_headers_that_cannot_be_sent_are_refused(headers: dict, says: str) -> No
         check_headers(headers)
 
 
-@kinds
 @pytest.mark.parametrize(
     ("status_code", "expected"), [(401, AccessDenied), (403, AccessDenied), (404, ModelNotFound), (429, ServerBusy)]
 )
-def test_a_gateways_page_over_grpc_is_the_same_error_as_over_http(status_code: int, expected: type, kind: Kind) -> None:
+def test_a_gateways_page_over_grpc_is_the_same_error_as_over_http(status_code: int, expected: type) -> None:
     block = hpack.Encoder().encode([(":status", str(status_code)), ("retry-after", "7")])
     page = HEAD.pack(0, len(block), HEADERS, END_HEADERS | END_STREAM, 1) + block
 
@@ -93,7 +92,7 @@ def test_a_gateways_page_over_grpc_is_the_same_error_as_over_http(status_code: i
         connection.sendall(page)
         mute(connection)
 
-    with answering(answer) as (url, _), kind(url, retries=0) as client, pytest.raises(expected) as refused:
+    with answering(answer) as (url, _), InferenceClient(url, retries=0) as client, pytest.raises(expected) as refused:
         client.metadata("m")
     assert getattr(refused.value, "retry_after_s", None) is None  # gRPC drops the headers of such a page
 
@@ -133,25 +132,6 @@ def test_tls_trusts_the_given_authority_and_the_host_of_its_certificate(
             client.ready()
         assert str(refused.value).startswith(f"the certificate of {address} is not trusted (")
     relay.close()
-
-
-@protocols
-def test_the_api_key_is_sent_as_a_bearer_token(protocol: Any, certificate: tuple[Path, ssl.SSLContext]) -> None:
-    ca_cert, context = certificate
-    refused = refuse(grpc.StatusCode.UNAUTHENTICATED, "key expired")
-    failing: Any = answering(status("401 Unauthorized")) if protocol == "http" else grpc_answering(refused)
-    with failing as (url, seen):
-        relay = Relay(("127.0.0.1", int(url.split(":")[1])), tls=context)
-        with (
-            InferenceClient(relay.url, protocol, ca_cert=ca_cert, api_key="secret") as client,
-            pytest.raises(AccessDenied),
-        ):
-            client.ready()
-        relay.close()
-    if protocol == "http":
-        assert b"\r\nAuthorization: Bearer secret\r\n" in seen[0]
-    else:
-        assert seen[0]["authorization"] == "Bearer secret"
 
 
 def test_the_command_line_sends_the_environments_key_only_over_tls(

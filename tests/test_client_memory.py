@@ -142,14 +142,15 @@ def test_after_a_deadline_the_region_is_abandoned_and_unregistered(server: Embed
     assert registered(server) == left_behind() == []
 
 
-@protocols
-def test_tensors_use_the_socket_if_the_server_refuses_shared_memory(repository: Path, protocol: str) -> None:
-    flag = f"--{protocol}-restricted-{'api' if protocol == 'http' else 'protocol'}=shared-memory:key=value"
-    with serve(repository, flag) as refusing, client_of(refusing, protocol, "auto") as client:
-        request = client.prepare("fixed", {"x": X})
-        for _ in range(2):
-            np.testing.assert_array_equal(client.send(request)["y"], X + 1)
-        assert shared(client, "fixed") == 0
+def test_tensors_use_the_socket_if_the_server_refuses_shared_memory(repository: Path) -> None:
+    flags = (f"--{name}=shared-memory:key=value" for name in ("http-restricted-api", "grpc-restricted-protocol"))
+    with serve(repository, *flags) as refusing:
+        for protocol in ("http", "grpc"):
+            with client_of(refusing, protocol, "auto") as client:
+                request = client.prepare("fixed", {"x": X})
+                for _ in range(2):
+                    np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+                assert shared(client, "fixed") == 0
     assert left_behind() == []
 
 

@@ -33,13 +33,11 @@ from deepseek_client.transport import Deadline
 
 from serving.embedded.serve import EmbeddedServer
 from tests.failing_servers import (
-    Kind,
     MakeRelays,
     X,
     answering,
     client_of,
     grpc_answering,
-    kinds,
     options_of,
     prepared,
     refuse,
@@ -252,7 +250,6 @@ ENVOY = "upstream connect error or disconnect/reset before headers. reset reason
 FULL, NOT_SENT = '{"error": "Exceeds maximum queue size"}', '{"error": "try again", "unsent": true}'
 
 
-@kinds
 @pytest.mark.parametrize(
     ("line", "body", "tries"),
     [
@@ -266,20 +263,19 @@ FULL, NOT_SENT = '{"error": "Exceeds maximum queue size"}', '{"error": "try agai
     ],
 )
 def test_an_inference_is_repeated_after_503_only_if_it_did_not_run(
-    server: EmbeddedServer, line: str, body: str, tries: int, kind: Kind
+    server: EmbeddedServer, line: str, body: str, tries: int
 ) -> None:
     request = prepared(server, "http")
     for idempotent in (False, True):
         with (
             answering(status(line, body)) as (url, seen),
-            kind(url, "http", retries=2, idempotent=idempotent) as client,
+            InferenceClient(url, "http", retries=2, idempotent=idempotent) as client,
             pytest.raises(ServerBusy),
         ):
             client.send(request)
         assert len(seen) == (3 if idempotent else tries)
 
 
-@kinds
 @pytest.mark.parametrize(
     ("details", "trailing", "expected", "tries"),
     [
@@ -292,10 +288,10 @@ def test_an_inference_is_repeated_after_503_only_if_it_did_not_run(
     ],
 )
 def test_an_inference_is_repeated_after_unavailable_only_if_it_did_not_run(
-    server: EmbeddedServer, details: str, trailing: dict, expected: type, tries: int, kind: Kind
+    server: EmbeddedServer, details: str, trailing: dict, expected: type, tries: int
 ) -> None:
     refusing = grpc_answering(refuse(grpc.StatusCode.UNAVAILABLE, details, **trailing))
-    with refusing as (url, seen), kind(url, retries=2) as client, pytest.raises(expected):
+    with refusing as (url, seen), InferenceClient(url, retries=2) as client, pytest.raises(expected):
         client.send(prepared(server, "grpc"))
     assert len(seen) == tries
 
