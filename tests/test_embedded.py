@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,21 +24,22 @@ import pytest
 from tritonclient import grpc as triton
 
 from cli.main import main as command_line
-from deepseek.spec import DeploymentSpec, FileDigest, InputError
+from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError
 from deepseek.spec.files.repository import versions_of
 from export.stages import publish
 from export.stages.publish import publish_version
 from serving.embedded import verified_repository, wheel
 from serving.embedded.launcher import EmbeddedServer
 from serving.embedded.ports import ReservedPorts
+from serving.embedded.serve import _started
 from tests.conftest import FREE, write_add_one
 from tests.gateway import free_port, wait_for
 
 
 def start(repository: Path, *command: str) -> subprocess.Popen[str]:
     """Starts the launcher in its own process, as a user does."""
-    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-    arguments = [sys.executable, "-m", "cli", "serve", "--repository", str(repository), *ports, *command]
+    fixed = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--exit-timeout-s", "1"]
+    arguments = [sys.executable, "-m", "cli", "serve", "--repository", str(repository), *fixed, *command]
     environment = {**os.environ, "DEEPSEEK_BUILD": str(repository.parent / "build")}
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -88,12 +90,11 @@ subprocess.Popen(["sh", "-c", "trap '' HUP INT TERM; sleep 3600; sleep 3600"])
 @pytest.mark.parametrize(
     ("how", "times", "statuses"),
     [
-        (signal.SIGINT, 1, {0}),
         (signal.SIGINT, 2, {0, 130}),  # 0: it had stopped before the second came
         (signal.SIGTERM, 2, {0}),
         (signal.SIGKILL, 1, {-signal.SIGKILL}),
     ],
-    ids=["SIGINT", "SIGINT twice", "SIGTERM twice", "SIGKILL"],
+    ids=["SIGINT twice", "SIGTERM twice", "SIGKILL"],
 )
 def test_nothing_is_left_however_it_ends(tmp_path: Path, how: signal.Signals, times: int, statuses: set[int]) -> None:
     write_add_one(tmp_path / "repository")
@@ -118,17 +119,6 @@ def test_nothing_is_left_however_it_ends(tmp_path: Path, how: signal.Signals, ti
     assert not list(Path("/dev/shm").glob(f"{scratch.name}*"))
 
 
-def test_the_log_is_private_and_has_no_secret(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    log = tmp_path / "log"
-    log.touch(0o644)
-    with EmbeddedServer(tmp_path / "repository", log_path=log, **FREE) as running:
-        assert running._key in " ".join(psutil.Process(running.pid).cmdline())
-    assert stat.S_IMODE(log.stat().st_mode) == 0o600
-    assert running._key not in log.read_text()
-    assert "triton-admin-key=<secret>" in log.read_text()
-
-
 def test_a_command_runs_while_it_serves_and_its_status_is_passed_on(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     (tmp_path / "repository" / "lost+found").mkdir()
@@ -141,13 +131,11 @@ def test_a_command_runs_while_it_serves_and_its_status_is_passed_on(tmp_path: Pa
 
 
 def test_a_command_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
     script = tmp_path / "script"
     script.write_text("echo no first line that names a shell\n")
     script.chmod(0o755)
-    process = start(tmp_path / "repository", "--", str(script))
-    _, errors = process.communicate()
-    assert (process.returncode, errors) == (2, f"error: {script}: cannot be run while serving: Exec format error\n")
+    with pytest.raises(InputError, match=f"^{script}: cannot be run while serving: Exec format error$"):
+        _started([str(script)], {})
 
 
 def test_a_reserved_port_is_not_given_out_until_it_is_released() -> None:
@@ -291,40 +279,24 @@ def test_if_the_newest_version_is_damaged_the_older_one_is_served_under_its_own_
     config.write_text(config.read_text().replace("max_batch_size: 8", "max_batch_size: 64"))  # as of a wider profile
     with EmbeddedServer(repository, log_path=tmp_path / "log", **FREE) as running:
         assert served(running) == "1"
-        url = f"http://{running.http_url}/v2/models/text/config"
-        assert json.load(urllib.request.urlopen(url))["max_batch_size"] == 8
+        config = json.load(urllib.request.urlopen(f"http://{running.http_url}/v2/models/text/config"))
+    batching = config["dynamic_batching"]
+    assert (config["max_batch_size"], int(batching["max_queue_delay_microseconds"])) == (8, 0)
+    assert int(batching["default_queue_policy"]["default_timeout_microseconds"]) == 1_000_000
     assert re.match(
-        r"warning   .*\nrefused   text/2: model.onnx is damaged: .*; publish it again: .*\n +text: version 1 is served\n$",
+        r"warning   text: max_queue_delay_us = 1000 is served as 0: with a delay, Triton before 26.08 .*\nrefused   text/2: model.onnx is damaged: .*; publish it again: .*\n +text: version 1 is served\n$",
         capsys.readouterr().err,
-    )
-
-
-def test_a_queue_delay_is_served_as_0_with_one_warning(
-    build: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
-    with (
-        EmbeddedServer(tmp_path / "repository", poll_s=1, log_path=tmp_path / "log", **FREE) as running,
-        triton.InferenceServerClient(running.grpc_url) as client,
-    ):
-        batching = client.get_model_config("text").config.dynamic_batching
-        assert batching.max_queue_delay_microseconds == 0
-        assert batching.default_queue_policy.default_timeout_microseconds == 1_000_000
-        publish_version(TEXT, "fp16", "onnxruntime", tmp_path / "repository")
-        wait_for(lambda: served(running) == "2")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "warning   text: max_queue_delay_us = 1000 is served as 0: with a delay, Triton before 26.08"
     )
 
 
 def test_if_no_version_is_intact_the_server_does_not_start(build: Path, tmp_path: Path) -> None:
     publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
     damage(tmp_path / "repository" / "text" / "1" / "model.onnx")
-    process = start(tmp_path / "repository")
-    _, errors = process.communicate()
-    assert (process.returncode, errors.count("\n")) == (1, 1)
-    assert errors.startswith("error: text/1: model.onnx is damaged")
+    with (
+        pytest.raises(GateFailed, match=r"^text/1: model.onnx is damaged"),
+        EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "log", **FREE),
+    ):
+        pass
 
 
 def break_model(graph: Path) -> None:
@@ -337,31 +309,58 @@ def break_model(graph: Path) -> None:
     config.write_text(config.read_text().replace("versions: 1", "versions: 5"))
 
 
+@pytest.fixture(scope="module")
+def polling(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A server of the models `text` and `add_one` that follows its repository; its log was there before."""
+    folder = tmp_path_factory.mktemp("polling")
+    (folder / "log").touch(0o644)
+    write_add_one(folder / "repository")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_BUILD", str(built / "build"))
+        publish_version(TEXT, "fp32", "onnxruntime", folder / "repository")
+    with EmbeddedServer(folder / "repository", log_path=folder / "log", poll_s=1, **FREE) as running:
+        yield running
+
+
+def test_the_log_is_private_and_has_no_secret(polling: EmbeddedServer) -> None:
+    assert polling._key in " ".join(psutil.Process(polling.pid).cmdline())
+    assert stat.S_IMODE(polling.log_path.stat().st_mode) == 0o600
+    assert polling._key not in polling.log_path.read_text()
+    assert "triton-admin-key=<secret>" in polling.log_path.read_text()
+
+
 def test_a_polling_server_refuses_a_wrong_version_and_takes_the_next_good_one(
-    build: Path, tmp_path: Path, said: Said
+    build: Path, tmp_path: Path, polling: EmbeddedServer, said: Said
 ) -> None:
-    repository = tmp_path / "repository"
-    publish_version(TEXT, "fp32", "onnxruntime", repository)
-    with EmbeddedServer(repository, log_path=tmp_path / "log", poll_s=1, **FREE) as running:
-        for version, break_it, reason in (
-            (2, damage, "refused   text/2: model.onnx is damaged"),
-            (
-                3,
-                lambda graph: graph.write_bytes(graph.read_bytes()[:1000]),
-                "refused   text/3: model.onnx is truncated",
-            ),
-            (4, lambda graph: graph.rename(graph.with_name("net.onnx")), "refused   text/4: model.onnx is missing"),
-            (5, break_model, "refused   text: Triton cannot load it: "),
-        ):
-            shutil.copytree(repository / "text" / "1", tmp_path / "new")
-            break_it(tmp_path / "new" / "model.onnx")
-            (tmp_path / "new").rename(repository / "text" / str(version))
-            wait_for(lambda: said().count("text: version 1 keeps serving") == version - 1)  # noqa: B023
-            assert reason in said()
-            assert served(running) == "1"
-        publish_version(TEXT, "fp32", "onnxruntime", repository)
-        wait_for(lambda: served(running) == "6")
+    text = polling.repository / "text"
+    for version, break_it, reason in (
+        (2, damage, "refused   text/2: model.onnx is damaged"),
+        (3, lambda graph: graph.write_bytes(graph.read_bytes()[:1000]), "refused   text/3: model.onnx is truncated"),
+        (4, lambda graph: graph.rename(graph.with_name("net.onnx")), "refused   text/4: model.onnx is missing"),
+        (5, break_model, "refused   text: Triton cannot load it: "),
+    ):
+        shutil.copytree(text / "1", tmp_path / "new")
+        break_it(tmp_path / "new" / "model.onnx")
+        (tmp_path / "new").rename(text / str(version))
+        wait_for(lambda: said().count("text: version 1 keeps serving") == version - 1)  # noqa: B023
+        assert reason in said()
+        assert served(polling) == "1"
+    publish_version(TEXT, "fp16", "onnxruntime", polling.repository)
+    wait_for(lambda: served(polling) == "6")
     assert re.search(r"Triton cannot load it: .* weights are missing\n", said())
+    assert "max_queue_delay_us" not in said()  # said once, at the start
+
+
+def test_a_polling_server_follows_a_model_that_comes_and_goes(tmp_path: Path, polling: EmbeddedServer) -> None:
+    with triton.InferenceServerClient(polling.grpc_url) as client:
+        write_add_one(tmp_path, "second")
+        (tmp_path / "second").rename(polling.repository / "second")
+        wait_for(lambda: client.is_model_ready("second"))
+        shutil.rmtree(polling.repository / "second")
+        wait_for(lambda: not client.is_model_ready("second"))
+        assert client.is_model_ready("add_one")
+        with pytest.raises(triton.InferenceServerException, match="restricted"):
+            client.unload_model("add_one")
 
 
 def test_triton_serves_the_old_version_until_the_new_ones_configuration_is_there(
@@ -382,18 +381,3 @@ def test_triton_serves_the_old_version_until_the_new_ones_configuration_is_there
     monkeypatch.setattr(verified_repository, "made_here", lambda _: False)  # Triton reads it itself, as NVIDIA's does
     with EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "log", **FREE) as running:
         assert served(running) == "1"
-
-
-def test_a_polling_server_follows_a_model_that_comes_and_goes(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    with EmbeddedServer(tmp_path / "repository", log_path=tmp_path / "log", poll_s=1, **FREE) as running:
-        client = triton.InferenceServerClient(running.grpc_url)
-        write_add_one(tmp_path / "elsewhere", "second")
-        (tmp_path / "elsewhere" / "second").rename(tmp_path / "repository" / "second")
-        wait_for(lambda: client.is_model_ready("second"))
-        shutil.rmtree(tmp_path / "repository" / "second")
-        wait_for(lambda: not client.is_model_ready("second"))
-        assert client.is_model_ready("add_one")
-        with pytest.raises(triton.InferenceServerException, match="restricted"):
-            client.unload_model("add_one")
-        client.close()

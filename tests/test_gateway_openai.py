@@ -36,7 +36,7 @@ def models(built_sentence: Path) -> list[ServedModel]:
 def serving(built_sentence: Path) -> Iterator[Serving]:
     """The server as the CPU image starts it."""
     skip_without_nginx()
-    process = start(built_sentence / "repository", "--openai-port", "0", "--behind-gateway", "--exit-timeout-s", "1")
+    process = start(built_sentence / "repository", "--openai-port", "0", "--behind-gateway")
     try:
         yield Serving.of(process)
     finally:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from jsonschema import Draft202012Validator
 from serving.openai.metrics import Metrics
 from serving.openai.routes import BODY_BYTES
 from tests.conftest import write_add_one
-from tests.gateway import wait_for
 from tests.test_embedded import Serving, start
 from tests.test_openapi import DOCUMENT
 from tests.test_text import MOST_TOKENS, ids_of
@@ -42,9 +39,12 @@ def serve(repository: Path) -> Iterator[Serving]:
 
 
 @pytest.fixture(scope="module")
-def serving(built_sentence: Path) -> Iterator[Serving]:
-    """A server of the model `sentence`."""
-    with serve(built_sentence / "repository") as running:
+def serving(built_sentence: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A server of the model `sentence`, and of `add_one`, which takes no texts."""
+    repository = tmp_path_factory.mktemp("openai") / "repository"
+    shutil.copytree(built_sentence / "repository", repository)
+    write_add_one(repository)
+    with serve(repository) as running:
         yield running
 
 
@@ -93,15 +93,6 @@ def test_a_long_list_is_answered_in_order(client: openai.OpenAI, expected: np.nd
     assert answer.model == "sentence"
 
 
-def test_the_asynchronous_client_works_unchanged(serving: Serving, expected: np.ndarray) -> None:
-    async def embed() -> list[Any]:
-        async with openai.AsyncOpenAI(base_url=serving.places["OpenAI"], api_key="unused") as client:
-            return await asyncio.gather(*(client.embeddings.create(model="sentence", input=text) for text in TEXTS))
-
-    answers = asyncio.run(embed())
-    np.testing.assert_allclose([each.data[0].embedding for each in answers], expected, atol=1e-5)
-
-
 def test_base64_holds_the_same_numbers_as_float(serving: Serving, client: openai.OpenAI) -> None:
     floats, default = (
         client.embeddings.create(model="sentence", input="ab cd", encoding_format=how, dimensions=32, user="me")
@@ -139,8 +130,9 @@ def test_usage_counts_the_tokens_that_ran(client: openai.OpenAI) -> None:
 def test_the_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["sentence"]
     assert client.models.retrieve("sentence").object == "model"
-    with pytest.raises(openai.NotFoundError, match="model 'another': not served here"):
-        client.models.retrieve("another")
+    for name, why in (("another", "not served here"), ("add_one", "takes no texts")):
+        with pytest.raises(openai.NotFoundError, match=f"model '{name}': {why}"):
+            client.models.retrieve(name)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +156,7 @@ def test_a_bad_request_is_a_400(serving: Serving, fields: dict[str, Any], param:
     ("method", "path", "body", "status", "code"),
     [
         ("POST", "/v1/embeddings", b'{"model": "another", "input": "a"}', 404, "model_not_found"),
+        ("POST", "/v1/embeddings", b'{"model": "add_one", "input": "a"}', 404, "model_not_found"),  # it takes ids only
         ("POST", "/v1/embeddings", b'{"model": "../sentence", "input": "a"}', 404, "model_not_found"),
         ("GET", "/v2/models/another/stats", None, 404, "model_not_found"),
         ("POST", "/rerank", b'{"query": "a", "texts": ["b"]}', 404, "model_not_found"),  # no model takes pairs
@@ -253,79 +246,3 @@ def test_a_label_is_escaped() -> None:
     metrics = Metrics()
     metrics.count_texts('a"b\\c\nd', 1, 2)
     assert 'openai_texts_total{model="a\\"b\\\\c\\nd"} 1\n' in metrics.text()
-
-
-BLOCKED = """
-import json, os, time
-import numpy as np
-import triton_python_backend_utils as pb_utils
-from numpy1_stub import fix_strings
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        fix_strings(pb_utils)
-        self.go = json.loads(args["model_config"])["parameters"]["go"]["string_value"]
-
-    def execute(self, requests):
-        open(self.go + ".asked", "w").close()
-        while not os.path.exists(self.go):
-            time.sleep(0.01)
-        time.sleep(0.5 * os.path.exists(self.go + ".slow"))
-        arrays = {"embedding": np.ones((1, 3), np.float32), "tokens": np.ones((1, 1), np.int32)}
-        answer = [pb_utils.Tensor.from_dlpack(name, array) for name, array in arrays.items()]
-        return [pb_utils.InferenceResponse(answer) for _ in requests]
-"""
-BLOCKED_CONFIG = """
-name: "blocked"
-backend: "python"
-max_batch_size: 1
-input { name: "text" data_type: TYPE_STRING dims: [1] }
-output { name: "embedding" data_type: TYPE_FP32 dims: [3] }
-output { name: "tokens" data_type: TYPE_INT32 dims: [1] }
-instance_group { kind: KIND_CPU count: 1 }
-dynamic_batching { default_queue_policy { max_queue_size: 1 } }
-parameters { key: "text" value { string_value: '{"max_tokens": 8, "max_bytes": 100}' } }
-parameters { key: "go" value { string_value: "GO" } }
-"""
-
-
-@pytest.fixture
-def blocked(tmp_path: Path) -> Iterator[tuple[Serving, Path]]:
-    """A server whose model `blocked` answers when a file exists, with a queue of one; and the file."""
-    repository, go = tmp_path / "repository", tmp_path / "go"
-    (repository / "blocked" / "1").mkdir(parents=True)
-    (repository / "blocked" / "1" / "model.py").write_text(BLOCKED)
-    shutil.copy("serving/backend/numpy1_stub.py", repository / "blocked" / "1")
-    (repository / "blocked" / "config.pbtxt").write_text(BLOCKED_CONFIG.replace("GO", str(go)))
-    write_add_one(repository)
-    with serve(repository) as running:
-        try:
-            yield running, go
-        finally:
-            go.touch()
-
-
-ASK = ("POST", "/v1/embeddings", b'{"model": "blocked", "input": "a"}')
-
-
-def test_a_full_queue_is_429_with_retry_after(blocked: tuple[Serving, Path]) -> None:
-    serving, go = blocked
-    url = serving.places["OpenAI"]
-    with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(call, url, *ASK) for _ in range(8)]
-        wait_for(lambda: sum(each.done() for each in calls) >= 5)  # refused, while one runs and one or two wait
-        refused = [each.result() for each in calls if each.done()]
-        go.touch()
-        statuses = sorted(each.result()[0] for each in calls)
-    assert {(status, headers["Retry-After"]) for status, headers, _ in refused} == {(429, "1")}
-    assert refused[0][2]["error"]["code"] == "rate_limit_exceeded"
-    assert statuses.count(200) >= 1  # the one that ran; on a busy machine all others may come before it starts
-    assert set(statuses) == {200, 429}
-
-
-def test_a_model_that_takes_ids_only_is_not_listed(blocked: tuple[Serving, Path]) -> None:
-    url = blocked[0].places["OpenAI"]
-    assert [model["id"] for model in call(url, "GET", "/v1/models")[2]["data"]] == ["blocked"]
-    status, _, answer = call(url, "POST", "/v1/embeddings", b'{"model": "add_one", "input": "a"}')
-    assert (status, answer["error"]["code"]) == (404, "model_not_found")

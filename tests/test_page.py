@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-import socket
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
 from serving.embedded.openai_process import OpenAIProcess
-from serving.embedded.serve import _Routes
 from serving.openai.page import FILES, FOLDER
 from tests.browser import Browser, needs_chromium
 from tests.gateway import free_port
-from tests.test_embedded import Serving, start
+from tests.test_embedded import Serving
 from tests.test_openai import call, serve
 
 pytestmark = pytest.mark.server
@@ -127,43 +122,6 @@ def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
 
 
 @needs_chromium
-def test_a_recommender_alone_has_the_page(built_shop: Path, chromium: Browser) -> None:
-    with serve(built_shop / "repository") as running:
-        assert "OpenAI" not in running.places
-        chromium.open(running.places["page"])
-        chromium.wait(f"{RECOMMEND}?.hidden === false")
-        assert chromium.js(f"[{SEARCH}.hidden, {RANK}.hidden]") == [True, True]
-
-
-def test_a_recommender_is_served_without_the_page_if_its_port_is_taken(built_shop: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        process = start(built_shop / "repository", "--openai-port", str(port))
-        places = Serving.of(process).places
-    process.terminate()
-    assert f"warning   no page to try the models: OpenAI port 127.0.0.1:{port}" in process.communicate()[1]
-    assert "page" not in places
-
-
-@pytest.mark.parametrize("folder_of", ["built_shop", "built_sentence"])
-def test_only_texts_need_the_routes_to_keep_running(
-    folder_of: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
-) -> None:
-    repository = request.getfixturevalue(folder_of) / "repository"
-    options = argparse.Namespace(behind_gateway=False, command=[], openai_port=0, poll_s=None)
-    server = Mock(repository=repository, served=repository, address="127.0.0.1", http_port=1)
-    with ExitStack() as running:
-        routes = _Routes(options, server, running)
-        assert routes.process is not None
-        routes.process.look = lambda: "they ended too often"  # type: ignore[method-assign]
-        if folder_of == "built_sentence":
-            assert routes.look() == "they ended too often"
-        else:
-            assert (routes.look(), routes.look(), routes.process) == (None, None, None)
-            assert capsys.readouterr().err == "warning   no page to try the models: they ended too often\n"
-
-
-@needs_chromium
 def test_picked_titles_give_what_comes_next_by_keyboard(page: Browser, url: str) -> None:
     def shown(place: str) -> list[str]:
         return page.js(f"[...document.querySelectorAll('#recommend {place}')].map(each => each.innerText)")
@@ -217,15 +175,32 @@ def test_a_question_about_a_model_without_names_is_one_line(url: str) -> None:
     assert call(url, "POST", "/recommenders/shop", b"", compressed)[0] == 415
 
 
-def test_a_version_that_left_the_repository_still_recommends(built_shop: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(built_shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Serving]]:
+    """A server of the recommender alone, and its repository."""
+    repository = tmp_path_factory.mktemp("alone") / "repository"
+    shutil.copytree(built_shop / "repository", repository)
+    with serve(repository) as running:
+        yield repository, running
+
+
+@needs_chromium
+def test_a_recommender_alone_has_the_page(alone: tuple[Path, Serving], chromium: Browser) -> None:
+    _, running = alone
+    assert "OpenAI" not in running.places
+    chromium.open(running.places["page"])
+    chromium.wait(f"{RECOMMEND}?.hidden === false")
+    assert chromium.js(f"[{SEARCH}.hidden, {RANK}.hidden]") == [True, True]
+
+
+def test_a_version_that_left_the_repository_still_recommends(alone: tuple[Path, Serving]) -> None:
     """A server that does not follow the repository serves it on; only its titles are gone."""
-    shutil.copytree(built_shop / "repository", tmp_path / "repository")
-    with serve(tmp_path / "repository") as running:
-        shutil.rmtree(tmp_path / "repository" / "shop" / "1")
-        url = running.places["page"].removesuffix("/")
-        status, _, answer = call(url, "GET", "/recommenders/shop/items?title=e")
-        assert (status, "version 1 is served, but it left the repository" in answer["error"]["message"]) == (404, True)
-        assert call(url, "POST", "/recommenders/shop", b'{"history": ["SKU-1"]}')[0] == 200
+    repository, running = alone
+    shutil.rmtree(repository / "shop" / "1")
+    url = running.places["page"].removesuffix("/")
+    status, _, answer = call(url, "GET", "/recommenders/shop/items?title=e")
+    assert (status, "version 1 is served, but it left the repository" in answer["error"]["message"]) == (404, True)
+    assert call(url, "POST", "/recommenders/shop", b'{"history": ["SKU-1"]}')[0] == 200
 
 
 @needs_chromium
@@ -289,9 +264,8 @@ def test_the_files_are_sent_with_a_strict_policy(url: str) -> None:
 
 
 @needs_chromium
-@pytest.mark.parametrize("dark", [False, True])
-def test_nothing_overflows_on_a_phone(page: Browser, dark: bool) -> None:
-    page.size(390, 844, dark=dark)
+def test_nothing_overflows_on_a_phone(page: Browser) -> None:
+    page.size(390, 844)
     page.js(f"document.querySelector('#sentence').value = '{'x' * 300}'")
     page.js("document.querySelector('#title').value = 'a'")
     page.js("document.querySelectorAll('form:not(#key)').forEach(form => form.requestSubmit())")
@@ -301,5 +275,6 @@ def test_nothing_overflows_on_a_phone(page: Browser, dark: bool) -> None:
     assert page.js("document.documentElement.scrollWidth") == 390
     boxes = "[...document.querySelectorAll('main, .card, ol, li, .times, #bundled')]"
     assert page.js(f"{boxes}.filter(each => each.scrollWidth > each.clientWidth).length") == 0
-    background = "rgb(15, 18, 21)" if dark else "rgb(244, 245, 247)"
-    assert page.js("getComputedStyle(document.body).backgroundColor") == background
+    for dark, background in ((False, "rgb(244, 245, 247)"), (True, "rgb(15, 18, 21)")):
+        page.size(390, 844, dark=dark)
+        assert page.js("getComputedStyle(document.body).backgroundColor") == background
