@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
+from kubernetes_validate import utils
 
 KUBERNETES = "1.37"  # the version of the schemas
+utils.schema_contents = functools.cache(utils.schema_contents)  # the definitions alone have 1.8 MB
 Object = dict[str, Any]
 FOLDERS = ("base", "overlays/cpu", "overlays/gpu", "overlays/kserve", "loadtest", "loader")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -30,11 +33,15 @@ def build(folder: Path) -> tuple[Object, ...]:
     done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # nothing deprecated
-    return tuple(yaml.safe_load_all(done.stdout))
+    return tuple(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
 def committed(name: str) -> tuple[Object, ...]:
     return build(Path("kubernetes") / name)
+
+
+def check_schema(each: Object) -> None:
+    kubernetes_validate.validate(each, KUBERNETES, strict=True)
 
 
 def find(objects: tuple[Object, ...], kind: str, name: str = "triton") -> Object:

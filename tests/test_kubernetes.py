@@ -11,7 +11,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -24,7 +23,18 @@ from serving.kubernetes.manifests import IMAGE_TAG, PRE_STOP_S
 from serving.observe.alerts import START_MIN
 from serving.stack.gateway_limits import GatewaySizes
 from serving.stack.server_sizes import CPU_MEMORY, GPU_MEMORY, REST_S, SHM_MIB
-from tests.manifests import FOLDERS, KUBERNETES, VARIANTS, Object, build, committed, container_of, find, pod_of, pods
+from tests.manifests import (
+    FOLDERS,
+    VARIANTS,
+    Object,
+    build,
+    check_schema,
+    committed,
+    container_of,
+    find,
+    pod_of,
+    pods,
+)
 from tests.test_alerts import at_the_end, check
 
 # What checkov finds and is left as it is, by check and resource, with the reason; anything else fails.
@@ -56,7 +66,7 @@ def objects(request: pytest.FixtureRequest, generated: dict[str, Path]) -> tuple
 def test_every_object_fits_the_schema_of_its_kind(objects: tuple[Object, ...]) -> None:
     for each in objects:
         if each["kind"] not in ("ServiceMonitor", "PrometheusRule", "ScaledObject", "InferenceService"):  # of operators
-            kubernetes_validate.validate(each, KUBERNETES, strict=True)
+            check_schema(each)
 
 
 def test_every_pod_is_restricted(objects: tuple[Object, ...]) -> None:
@@ -80,6 +90,7 @@ def test_every_pod_is_restricted(objects: tuple[Object, ...]) -> None:
             assert all("hostPort" not in port for port in container.get("ports", ()))
 
 
+@pytest.mark.slow
 def test_every_object_keeps_checkovs_policies_but_those_that_are_named(
     generated: dict[str, Path], tmp_path: Path
 ) -> None:

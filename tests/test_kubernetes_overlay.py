@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import numpy as np
 import pytest
 import yaml
@@ -33,8 +32,8 @@ from serving.stack.api_keys import digest
 from serving.stack.certificate import ensure_certificate
 from serving.stack.gateway_limits import gateway_sizes, limits
 from serving.stack.server_sizes import OPENAI_MIB, REST_S, server_sizes
-from tests.conftest import run_module, write_add_one
-from tests.manifests import KUBERNETES, build, committed, container_of, find, pod_of
+from tests.conftest import write_add_one
+from tests.manifests import build, check_schema, committed, container_of, find, pod_of
 from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Case, at_the_end, check, check_fired, need_promtool
 from tests.test_stack import TAKES_TEXTS, TEXT
 
@@ -76,7 +75,7 @@ def test_on_a_gpu_the_openai_routes_run_beside_triton_if_a_model_takes_texts(aga
     overlay.main(values_of("kubernetes", *arguments, *registry, "--repository", str(tmp_path / "gpu")))
     objects = build(folder / "texts")
     pod = pod_of(objects)
-    kubernetes_validate.validate(find(objects, "Deployment"), KUBERNETES, strict=True)
+    check_schema(find(objects, "Deployment"))
     found = {each["name"]: each for each in pod["containers"]}
     assert (
         found["openai"]["image"]
@@ -135,7 +134,7 @@ def test_names_are_looked_up_at_the_clusters_dns_and_at_a_nodes_cache_of_it(gene
 def test_tritons_pods_may_call_the_port_that_the_models_are_at(again: Again) -> None:
     folder, arguments = again
     url = "http://minio.storage.svc:9000/shop/m.tar.gz?X-Signature=a:1/b"
-    assert run_module("cli", "kubernetes", *arguments, "--models-url", url).returncode == 0
+    overlay.main(values_of("kubernetes", *arguments, "--models-url", url))
     first, dns = find(build(folder / "kubernetes"), "NetworkPolicy", "triton-fetches-models")["spec"]["egress"]
     assert first == {"ports": [{"port": 9000}]}
     assert {each["port"] for each in dns["ports"]} == {53}
@@ -157,22 +156,22 @@ def test_images_come_from_the_registry_and_the_autoscaler_is_the_one_asked_for(g
     assert spec["fallback"]["replicas"] == spec["minReplicaCount"]
 
 
-def test_other_models_are_other_pods(again: Again) -> None:
+def test_other_models_are_other_pods(again: Again, capsys: pytest.CaptureFixture[str]) -> None:
     folder, arguments = again
     write_add_one(folder / "repository")
     places = ("--repository", str(folder / "repository"), *arguments[2:], "--output", str(folder / "overlay"))
 
     def digest() -> str:
-        assert run_module("cli", "kubernetes", *places).returncode == 0
-        build.cache_clear()
-        template = find(build(folder / "overlay"), "Deployment")["spec"]["template"]
-        return str(template["metadata"]["annotations"]["deepseek/models"])
+        overlay.main(values_of("kubernetes", *places, "--json"))
+        return str(json.loads(capsys.readouterr().out)["models_digest"])
 
     first = digest()
     assert digest() == first
     with (folder / "repository" / "add_one" / "config.pbtxt").open("a") as config:
         config.write("# tuned\n")
     assert digest() != first
+    template = find(build(folder / "overlay"), "Deployment")["spec"]["template"]
+    assert template["metadata"]["annotations"]["deepseek/models"] == digest()
 
 
 def write_scale(folder: Path, chosen: dict[str, Any] | None, **more: str) -> None:
@@ -220,7 +219,7 @@ def test_what_the_simulation_chose_becomes_the_autoscalers(again: Again) -> None
     folder, arguments = again
     target = {"metric": "queue", "value": 0.283}
     write_scale(folder / "add_one", {"targets": [target], "min_replicas": 3, "max_replicas": 7, "cores": 4})
-    assert run_module("cli", "kubernetes", *arguments).returncode == 0
+    overlay.main(values_of("kubernetes", *arguments))
     objects = build(folder / "kubernetes")
     spec = find(objects, "HorizontalPodAutoscaler")["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (3, 7)
@@ -231,7 +230,9 @@ def test_what_the_simulation_chose_becomes_the_autoscalers(again: Again) -> None
     assert resources["limits"]["cpu"] == resources["requests"]["cpu"] == "4"
 
 
-def test_several_models_in_a_pod_are_scaled_by_their_shares_of_it(tmp_path: Path) -> None:
+def test_several_models_in_a_pod_are_scaled_by_their_shares_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     need_promtool()
     for name, rate, least, most in (("one", 875, 4, 12), ("two", 250, 3, 10), ("other", 0, 0, 0)):
         write_add_one(tmp_path / "repository", name=name)
@@ -239,9 +240,8 @@ def test_several_models_in_a_pod_are_scaled_by_their_shares_of_it(tmp_path: Path
             target = {"metric": "rate", "value": rate}
             write_scale(tmp_path / name, {"targets": [target], "min_replicas": least, "max_replicas": most})
     places = ("--repository", str(tmp_path / "repository"), "--models", str(tmp_path), "--build", str(tmp_path))
-    run = run_module("cli", "kubernetes", *places)
-    assert run.returncode == 0
-    first, *others = run.stderr.splitlines()
+    overlay.main(values_of("kubernetes", *places))
+    first, *others = capsys.readouterr().err.splitlines()
     assert "the autoscaler ignores other;" in first
     assert [
         f"{name}: no {tmp_path / name / 'deploy.toml'}, so" in line
@@ -306,11 +306,11 @@ def test_a_load_test_has_the_models_spec_its_rate_inputs_that_fit_and_the_gatewa
 ) -> None:
     if has_authority:
         ensure_certificate(tmp_path, [])
-    assert run_module("cli", "kubernetes", *of_text, *flags).returncode == 0
+    overlay.main(values_of("kubernetes", *of_text, *flags))
     folder = tmp_path / "kubernetes" / "loadtest" / "text"
     objects = build(folder)
     for each in objects:
-        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+        check_schema(each)
     data = find(objects, "ConfigMap", "loadtest")["data"]
     assert data["MODEL"] == "text"
     for name in ("loadtest-master", "loadtest-worker"):
