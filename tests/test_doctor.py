@@ -26,7 +26,7 @@ from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.flags import engine_flags
 from serving.embedded.wheel import parts
-from tests.conftest import run_module, write_add_one
+from tests.conftest import RunHere, write_add_one
 from tests.test_embedded import damage
 
 IMAGE = DeploymentSpec.load("tests/models/image")
@@ -104,16 +104,16 @@ def edit_config(repository: Path, old: str, new: str) -> None:
     path.write_text(text)
 
 
-def test_a_published_repository_passes_and_the_table_lists_it(built: Path) -> None:
-    run = run_module("cli", "doctor", "--repository", str(built / "repository"), DEEPSEEK_BUILD=str(built / "build"))
+def test_a_published_repository_passes_and_the_table_lists_it(built: Path, run_here: RunHere) -> None:
+    run = run_here("doctor", "--repository", str(built / "repository"), DEEPSEEK_BUILD=str(built / "build"))
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"image/1 .* onnxruntime +1 to 8 ", run.stdout)
     assert "mismatch" not in run.stdout
 
 
-def test_json_has_what_was_found_the_engines_and_the_machine(repository: Path) -> None:
+def test_json_has_what_was_found_the_engines_and_the_machine(repository: Path, run_here: RunHere) -> None:
     (repository / "image" / "1" / "model.onnx").unlink()
-    run = run_module("cli", "doctor", "--repository", str(repository), "--json")
+    run = run_here("doctor", "--repository", str(repository), "--json")
     result = json.loads(run.stdout)
     assert (run.returncode, result["holds"]) == (1, False)
     assert result["findings"][0]["where"] == "image/1"
@@ -386,11 +386,10 @@ def test_an_engine_of_onnxruntime_needs_its_provider_memory_and_the_measured_cpu
     check(repository, machine, mismatch, warning)
 
 
-def test_a_strict_doctor_fails_over_a_warning(repository: Path) -> None:
+def test_a_strict_doctor_fails_over_a_warning(repository: Path, run_here: RunHere) -> None:
     write_add_one(repository)
-    flags = ("--repository", str(repository))
-    assert run_module("cli", "doctor", *flags).returncode == 0
-    assert run_module("cli", "doctor", *flags, "--strict").returncode == 1
+    assert run_here("doctor", "--repository", str(repository)).returncode == 0
+    assert run_here("doctor", "--repository", str(repository), "--strict").returncode == 1
 
 
 def preflight(repository: Path, flags: str = "") -> subprocess.CompletedProcess[str]:
@@ -408,8 +407,10 @@ def test_preflight_lets_triton_start_or_says_why_not(repository: Path) -> None:
     assert bad.stderr.startswith("mismatch  image/1: model.onnx is damaged")
 
 
-def test_a_model_or_repository_that_is_not_there_is_one_line(repository: Path, tmp_path: Path) -> None:
+def test_a_model_or_repository_that_is_not_there_is_one_line(
+    repository: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     with pytest.raises(InputError, match=r"no model 'nosuch' in .*; it has image"):
         examine(repository, CPU, model="nosuch")
-    run = run_module("cli", "doctor", "--repository", str(tmp_path / "nosuch"))
+    run = run_here("doctor", "--repository", str(tmp_path / "nosuch"))
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)

@@ -16,14 +16,14 @@ from onnx import numpy_helper
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, Precision
 from export.artifact import digests, read_manifest, write_manifest
-from export.checks.parity import client_errors, compare_served, endpoints_of
+from export.checks.parity import client_errors, compare_served, endpoints_of, what_is_served
 from export.checks.parity_cases import MOST_CORNERS, apart, corners
 from export.model_folder import ModelFolder
 from export.rows import load_rows, save_rows
 from export.stages.publish import publish_version
 from export.stages.to_onnx import export_model
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, run_module
+from tests.conftest import FREE, RunHere
 from tests.test_to_onnx import tiny
 
 TEXT = DeploymentSpec.load("tests/models/text")
@@ -139,10 +139,12 @@ def test_with_many_axes_corners_stay_few_and_hold_the_extremes() -> None:
     assert len({tuple(sizes.values()) for sizes in found}) == len(found)
 
 
-def test_a_correct_served_model_passes_over_both_protocols(folder: Path, triton: EmbeddedServer) -> None:
+def test_a_correct_served_model_passes_over_both_protocols(
+    folder: Path, triton: EmbeddedServer, run_here: RunHere
+) -> None:
     with (folder / "models" / "text" / "model.py").open("a") as model:
         model.write("\nprint('which is not part of the JSON')\n")
-    run = run_module("cli", "parity", *flags(folder, triton, "text"), "--json")
+    run = run_here("parity", *flags(folder, triton, "text"), "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result == json.loads((folder / "build" / "text" / "parity.json").read_text())
@@ -186,11 +188,13 @@ def test_int8_has_its_own_tolerance_and_its_nan_is_only_reported(compare: Compar
     assert verdicts(result, "rows beside NaN") == {"holds"}
 
 
-@pytest.mark.parametrize("name", ["seed", "broken"])
-def test_a_wrong_served_model_is_found_over_both_protocols(compare: Compare, name: str) -> None:
-    failures = compare(name)["failures"]
+def check_evaluation_fails(result: dict[str, Any]) -> None:
     for protocol in ("http", "grpc"):
-        assert any(failure.startswith(f"evaluation split over {protocol}") for failure in failures)
+        assert any(failure.startswith(f"evaluation split over {protocol}") for failure in result["failures"])
+
+
+def test_a_wrong_quantized_model_is_found_over_both_protocols(compare: Compare) -> None:
+    check_evaluation_fails(compare("broken"))
 
 
 def test_rows_that_influence_one_another_are_found_when_triton_batches(compare: Compare) -> None:
@@ -200,13 +204,14 @@ def test_rows_that_influence_one_another_are_found_when_triton_batches(compare: 
     assert any("NaN" in verdict for verdict in verdicts(result, "rows beside NaN"))
 
 
-def test_a_wrong_model_exits_1_and_reports_the_first_failure(folder: Path, triton: EmbeddedServer) -> None:
-    run = run_module("cli", "parity", *flags(folder, triton, "seed"))
-    assert run.returncode == 1
-    assert run.stderr.count("\n") == 1
+def test_a_wrong_model_exits_1_and_reports_the_first_failure(
+    folder: Path, triton: EmbeddedServer, run_here: RunHere
+) -> None:
+    run = run_here("parity", *flags(folder, triton, "seed"))
+    assert (run.returncode, run.stderr.count("\n")) == (1, 1)
     assert "checks failed" in run.stderr
     assert "evaluation split over http, y: worst error" in run.stderr
-    assert json.loads((folder / "build" / "seed" / "parity.json").read_text())["failures"]
+    check_evaluation_fails(json.loads((folder / "build" / "seed" / "parity.json").read_text()))
 
 
 @pytest.fixture
@@ -234,12 +239,11 @@ def test_another_signature_is_a_failed_gate(compare: Compare, edited: Callable[.
         compare("masked", edited("outputs.y", "outputs.z"))
 
 
-def test_without_a_server_parity_is_one_error_line_and_exit_2(folder: Path) -> None:
+def test_without_a_server_parity_is_one_error_line_and_exit_2(folder: Path, run_here: RunHere) -> None:
     where = ("--url", "127.0.0.1:18458", "--http-url", "127.0.0.1:18459")
-    run = run_module("cli", "parity", "--models", str(folder / "models"), "--model", "masked", *where)
-    assert run.returncode == 2
+    run = run_here("parity", "--models", str(folder / "models"), "--model", "masked", *where)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert run.stderr.startswith("error: nothing serves HTTP at 127.0.0.1:18459")
-    assert run.stderr.count("\n") == 1
 
 
 def test_a_server_without_the_model_is_an_input_error(folder: Path, server: EmbeddedServer) -> None:
@@ -248,14 +252,12 @@ def test_a_server_without_the_model_is_an_input_error(folder: Path, server: Embe
 
 
 def test_endpoints_of_two_servers_are_an_input_error(folder: Path, triton: EmbeddedServer) -> None:
-    publish_version(DeploymentSpec.of_model("masked", folder / "models"), "fp32", "onnxruntime", folder / "second")
-    publish_version(DeploymentSpec.of_model("masked", folder / "models"), "fp32", "onnxruntime", folder / "second")
-    message = r"two endpoints serve different models: .*'version': '1'.*'version': '2'"
-    with (
-        EmbeddedServer(folder / "second", log_path=folder / "second.log", **FREE) as second,
-        pytest.raises(InputError, match=message),
-    ):
-        compare_served(ModelFolder("masked", folder / "models"), second.grpc_url, triton.http_url)
+    spec = DeploymentSpec.of_model("masked", folder / "models")
+    with endpoints_of(spec, triton.http_url, triton.grpc_url, timeout_s=60) as endpoints:
+        endpoints[1].version = "2"
+        message = r"two endpoints serve different models: .*'version': '1'.*'version': '2'"
+        with pytest.raises(InputError, match=message):
+            what_is_served(spec, endpoints)
 
 
 def test_a_server_that_does_not_report_the_precision_is_an_input_error(

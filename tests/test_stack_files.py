@@ -21,21 +21,21 @@ from cli.main import values_of
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.embedded.flags import CLOSED, OPENAI_DRAIN_S, Endpoints, behind_gateway, server_flags
 from serving.stack.server_sizes import OPENAI_MIB
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.failing_servers import answering, mute, status
 
 DOCKERFILES = sorted(Path("docker").glob("*.Dockerfile"))
 
 
-def test_the_stacks_flags_are_the_embedded_servers_and_close_all_but_inference() -> None:
+def test_the_stacks_flags_are_the_embedded_servers_and_close_all_but_inference(run_here: RunHere) -> None:
     here = Endpoints(address="0.0.0.0")
     stack, plain = behind_gateway("/models", here, "secret"), server_flags("/models", here)
     assert set(plain) - set(stack) == {"--exit-timeout-secs=3"}
     names = ",".join(CLOSED)
     assert f"--http-restricted-api={names}:triton-admin-key=secret" in stack
     assert f"--grpc-restricted-protocol={names}:triton-admin-key=secret" in stack
-    command = ("cli", "flags", "--repository", "/models", "--address", "0.0.0.0", "--behind-gateway")
-    run = run_module(*command, TRITON_ADMIN_KEY="secret")
+    command = ("flags", "--repository", "/models", "--address", "0.0.0.0", "--behind-gateway")
+    run = run_here(*command, TRITON_ADMIN_KEY="secret")
     assert run.stdout.splitlines() == stack
 
 

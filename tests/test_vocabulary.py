@@ -22,12 +22,13 @@ from export.checks.parity_cases import EndpointComparison
 from export.checks.parity_strings import AT_NAMES, compare_names, named_predictor
 from export.model_folder import ModelFolder
 from export.rows import load_rows
+from export.stages.publish import publish_version
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
-from tests.conftest import FREE, run_module
+from tests.conftest import FREE, RunHere
 from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter, statistics
 from tests.test_openai import call
@@ -155,22 +156,6 @@ def test_a_batch_without_rows_is_refused(server: EmbeddedServer) -> None:
         assert without_rows(server, "shop", inputs) == "the batch has no rows; send one at least"
 
 
-def test_any_client_can_send_names(server: EmbeddedServer) -> None:
-    inputs = [
-        {"name": "history", "datatype": "BYTES", "shape": [2, 2], "data": ["SKU-1", "SKU-4", "größe-6", ""]},
-        {"name": "k", "datatype": "INT32", "shape": [2, 1], "data": [1, 1]},
-    ]
-    body = json.dumps({"inputs": inputs, "outputs": [{"name": "titles"}, {"name": "skus"}]})
-    status, _, answer = call(server.http_url, "POST", "/v2/models/shop/infer", body.encode())
-    assert status == 200
-    found = {output["name"]: output["data"] for output in answer["outputs"]}
-    assert found["skus"] == [NAMES[ranked([1, 4], [])[0]], NAMES[ranked([6], [])[0]]]
-    assert found["titles"] == [VOCABULARY.titles[NAMES.index(name)].decode() for name in found["skus"]]
-    wrong = body.replace('"data": [1, 1]', '"data": [0, 0]')
-    status, _, answer = call(server.http_url, "POST", "/v2/models/shop/infer", wrong.encode())
-    assert (status, answer["error"].endswith("k is 0; allowed: 1 to 5")) == (400, True)
-
-
 def test_the_classes_of_names_are_refused(server: EmbeddedServer) -> None:
     """Triton itself would divide by 0 and end."""
     inputs = [{"name": "history", "datatype": "BYTES", "shape": [1, 1], "data": ["SKU-1"]}]
@@ -181,14 +166,14 @@ def test_the_classes_of_names_are_refused(server: EmbeddedServer) -> None:
         assert found == status, answer
 
 
-def test_infer_sends_names_from_the_command_line(server: EmbeddedServer) -> None:
-    place = ("infer", "--models", str(MODELS), "--url", server.grpc_url)
+def test_infer_sends_names_from_the_command_line(server: EmbeddedServer, run_here: RunHere) -> None:
+    place = ("infer", "--models", str(MODELS), "--url", server.grpc_url, "--model", "shop")
     names = ("--history", f"{NAMES[4]}, {NAMES[6]},unheard", "--exclude", NAMES[ranked([4, 6], [])[0]], "--k", "2")
-    run = run_module("cli", *place, "--model", "shop", *names, "--json")
+    run = run_here(*place, *names, "--json")
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)["outputs"]
     assert (found["skus"], found["unknown"]) == ([[NAMES[item] for item in ranked([4, 6], [])[1:3]]], [[1]])
-    empty = run_module("cli", *place, "--model", "shop", "--history", "", "--k", "2", "--json")  # a new user
+    empty = run_here(*place, "--history", "", "--k", "2", "--json")  # a new user
     assert json.loads(empty.stdout)["outputs"]["skus"] == [[NAMES[item] for item in ranked([], [])[:2]]]
     for flags, message in (
         (("--k", "2"), "--k: seen without --history; "),
@@ -196,19 +181,19 @@ def test_infer_sends_names_from_the_command_line(server: EmbeddedServer) -> None
         (("--history", "a", "--k", "6"), "k is 6; allowed: 1 to 5"),
         (("--history", "a", "--model", "text"), "--history: deploy.toml of text has no [vocabulary]"),
     ):
-        run = run_module("cli", *place, "--model", "shop", *flags)
+        run = run_here(*place, *flags)
         assert (run.returncode, run.stderr.count("\n"), message in run.stderr) == (2, 1, True), run.stderr
 
 
 def test_infer_sends_its_row_by_name_if_the_served_version_has_other_ids(
-    server: EmbeddedServer, built_shop: Path, tmp_path: Path
+    server: EmbeddedServer, built_shop: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
     """As after a retrain that was refused: the build has the new ids, and the server the old ones."""
     shutil.copytree(MODELS / "shop", tmp_path / "shop")
     lines = [f"{number},{name}\n" for number, name in enumerate(reversed(NAMES[1:]), start=1)]  # 12 is 1, 11 is 2 ...
     (tmp_path / "shop" / "catalogue.csv").write_text("id,item\n" + "".join(lines))
     place = ("--models", str(tmp_path), "--repository", str(built_shop / "repository"), "--url", server.grpc_url)
-    run = run_module("cli", "infer", *place, "--model", "shop", "--json", DEEPSEEK_BUILD=str(built_shop / "build"))
+    run = run_here("infer", *place, "--model", "shop", "--json", DEEPSEEK_BUILD=str(built_shop / "build"))
     assert run.returncode == 0, run.stderr
     row = load_rows(built_shop / "build" / "shop" / "evaluation.npz")[0]
     seen, never = ([13 - item for item in row[name][0].tolist() if item] for name in ("seen", "not_these"))
@@ -216,19 +201,21 @@ def test_infer_sends_its_row_by_name_if_the_served_version_has_other_ids(
     assert run.stderr.startswith("note: the served version has other ids than this build")
 
 
-def test_a_load_test_can_send_the_names_of_its_items(server: EmbeddedServer, built_shop: Path) -> None:
+def test_a_load_test_can_send_the_names_of_its_items(
+    server: EmbeddedServer, built_shop: Path, run_here: RunHere
+) -> None:
     before = [counter(server, name) for name in METRICS]
     what = ("--models", str(MODELS), "--url", server.grpc_url, "--names", "--json", "--warmup-s", "0")
-    load = ("--rate", "20", "--duration-s", "2", "--arrivals", "constant")
+    load = ("--rate", "40", "--duration-s", "1", "--arrivals", "constant")
     here = {"DEEPSEEK_BUILD": str(built_shop / "build")}
-    run = run_module("cli", "loadtest", "--model", "shop", *what, *load, **here)
+    run = run_here("loadtest", "--model", "shop", *what, *load, **here)
     assert run.returncode in (0, 3), run.stderr  # 3: the machine was too busy to send in time
     found = json.loads(run.stdout)
     assert (found["answered"], found["errors"]) == (40, {})
     assert list(found["lengths"]) == ["items 3"]  # without padding
     names, unknown = (counter(server, name) - old for name, old in zip(METRICS, before, strict=True))
     assert (names, unknown) == (41 * 5, 0)  # with two excluded each, and the check before the load
-    run = run_module("cli", "loadtest", "--model", "text", *what, *load, **here)
+    run = run_here("loadtest", "--model", "text", *what, *load, **here)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
 
 
@@ -291,16 +278,16 @@ def test_the_doctor_and_the_gateway_know_names(built_shop: Path, tmp_path: Path)
     ],
 )
 def test_a_catalogue_that_does_not_fit_is_one_line_before_anything_is_published(
-    built_shop: Path, tmp_path: Path, text: str | None, message: str
+    built_shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
 ) -> None:
-    shutil.copytree(MODELS / "shop", tmp_path / "models" / "shop")
-    file = tmp_path / "models" / "shop" / "catalogue.csv"
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(built_shop / "build"))
+    shutil.copytree(MODELS / "shop", tmp_path / "shop")
+    file = tmp_path / "shop" / "catalogue.csv"
     file.unlink() if text is None else file.write_text(text)
-    place = ("--model", "shop", "--models", str(tmp_path / "models"), "--repository", str(tmp_path / "repository"))
-    run = run_module("cli", "publish", *place, "--precision", "fp32", DEEPSEEK_BUILD=str(built_shop / "build"))
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert message in run.stderr
-    assert str(file) in run.stderr
+    with pytest.raises(InputError) as caught:
+        publish_version(DeploymentSpec.of_model("shop", tmp_path), "fp32", "onnxruntime", tmp_path / "repository")
+    said = str(caught.value)
+    assert (message in said, str(file) in said) == (True, True), said
     assert not (tmp_path / "repository" / "shop").exists()
 
 
