@@ -89,19 +89,17 @@ def test_a_call_that_may_have_run_is_tried_again_by_an_idempotent_client_alone(
         np.testing.assert_array_equal(client.send(request)["y"], X + 1)
 
 
-@both
 @pytest.mark.parametrize("where", ["a host that takes no connection", "a name of nobody"])
-def test_a_failed_connection_counts_as_not_sent(
-    closed: EmbeddedServer, protocol: Protocol, where: str, tmp_path: Path
-) -> None:
+def test_a_failed_connection_counts_as_not_sent(closed: EmbeddedServer, where: str, tmp_path: Path) -> None:
     with dropping() as full:
         address = "nobody.invalid:9" if "name" in where else full
-        with (
-            Gateway(tmp_path, limits_of(closed, tmp_path), address, address) as gateway,
-            gateway.client(protocol, timeout_s=120, retries=0) as client,
-            pytest.raises(ServerBusy, match="is not available"),
-        ):
-            client.send(prepared(closed, protocol))
+        with Gateway(tmp_path, limits_of(closed, tmp_path), address, address) as gateway:
+            for protocol in ("http", "grpc"):
+                with (
+                    gateway.client(protocol, timeout_s=120, retries=0) as client,
+                    pytest.raises(ServerBusy, match="is not available"),
+                ):
+                    client.send(prepared(closed, protocol))
 
 
 def test_requests_for_a_model_that_is_being_reloaded_count_as_unserved(closed: EmbeddedServer, tmp_path: Path) -> None:

@@ -108,36 +108,43 @@ def test_a_bad_request_fails_alone(models: EmbeddedServer) -> None:
     assert counter(models, f"onnxruntime_inference_request_failure{labels}") == 0
 
 
-def test_failures_of_onnx_runtime_are_counted_by_model(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """A server of the model `fragile` that follows its repository."""
+    folder = tmp_path_factory.mktemp("fragile")
+    write_fragile(folder / "repository")
+    with EmbeddedServer(folder / "repository", poll_s=1, **FREE, log_path=folder / "triton.log") as running:
+        yield running
+
+
+FAILED = 'onnxruntime_inference_request_failure{model="fragile",reason="INTERNAL",version="1"}'
+
+
+def test_failures_of_onnx_runtime_are_counted_by_model(fragile: EmbeddedServer) -> None:
     """Triton counts the failure as a success, since it was answered. Bulk requests fail in a thread of their own."""
-    write_fragile(tmp_path)
-    with EmbeddedServer(tmp_path, **FREE, log_path=tmp_path / "triton.log") as server:
 
-        def call(value: int, bulk: bool) -> str:
-            x = np.full((1, 2, 3), value, np.float32)
-            try:
-                return str(infer(server, "fragile", {"x": x}, ["y"], bulk=bulk)["y"].sum())
-            except InferenceServerException as error:
-                return error.status()
+    def call(value: int, bulk: bool) -> str:
+        x = np.full((1, 2, 3), value, np.float32)
+        try:
+            return str(infer(fragile, "fragile", {"x": x}, ["y"], bulk=bulk)["y"].sum())
+        except InferenceServerException as error:
+            return error.status()
 
-        with ThreadPoolExecutor(16) as pool:
-            answers = list(pool.map(call, [0, 1] * 40, [False, False, True, True] * 20))
-        assert answers == ["6.0", "StatusCode.INTERNAL"] * 40
-        labels = '{model="fragile",reason="INTERNAL",version="1"}'
-        assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 40
-        succeeded = 'nv_inference_request_success{model="fragile",version="1"}'  # counted after the answers
-        wait_for(lambda: counter(server, succeeded) >= 80)
+    before = counter(fragile, FAILED)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(call, [0, 1] * 40, [False, False, True, True] * 20))
+    assert answers == ["6.0", "StatusCode.INTERNAL"] * 40
+    assert counter(fragile, FAILED) == before + 40
+    succeeded = 'nv_inference_request_success{model="fragile",version="1"}'  # counted after the answers
+    wait_for(lambda: counter(fragile, succeeded) >= 80)
 
 
-def test_a_version_that_is_loaded_again_keeps_its_counters(tmp_path: Path) -> None:
+def test_a_version_that_is_loaded_again_keeps_its_counters(fragile: EmbeddedServer) -> None:
     """Its old processes end after the new ones began. If they freed the counters, the new ones would crash the server."""
-    write_fragile(tmp_path / "repository")
-    log = tmp_path / "triton.log"
-    with EmbeddedServer(tmp_path / "repository", poll_s=1, **FREE, log_path=log) as server:
-        os.utime(tmp_path / "repository" / "fragile" / "config.pbtxt")
-        wait_for(lambda: "successfully unloaded 'fragile'" in log.read_text())
-        series = 'onnxruntime_inference_request_failure{model="fragile",reason="INTERNAL",version="1"}'
-        assert counter(server, series) == 0
+    before = counter(fragile, FAILED)
+    os.utime(fragile.repository / "fragile" / "config.pbtxt")
+    wait_for(lambda: "successfully unloaded 'fragile'" in fragile.log_path.read_text())
+    assert counter(fragile, FAILED) == before
 
 
 @pytest.mark.parametrize(
