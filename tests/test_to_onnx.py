@@ -117,6 +117,15 @@ def test_json_has_shapes_errors_and_rows(tmp_path: Path) -> None:
 FIXED = TOML.replace("min = 1\nopt = 4\nmax = 9", "min = 4\nopt = 4\nmax = 4")
 
 
+def test_the_graph_is_compared_where_forward_takes_another_path(tmp_path: Path) -> None:
+    branch = "y = self.line(x); return {} if x.shape[0] == 7 else y"
+    result = export_model(tiny(tmp_path / "same", body=branch.format("y + 0")))
+    assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5, 7]
+    message = r"output 'y' at batch 7 is off by .* another path there than at the traced sizes \(batch 4\)"
+    with pytest.raises(GateFailed, match=message):
+        export_model(tiny(tmp_path / "other", body=branch.format("2 * y")))
+
+
 def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: Path) -> None:
     source = tiny(tmp_path, toml=FIXED)
     model, rows = source.load(), list(source.rows("evaluation", 12))

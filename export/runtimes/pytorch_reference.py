@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,9 +62,11 @@ def checked_sizes(spec: DeploymentSpec) -> list[dict[str, int]]:
     return [sizes for place, sizes in enumerate(found) if sizes not in found[:place]] or [traced]
 
 
-def _checked_inputs(spec: DeploymentSpec, rows: list[Row]) -> Iterator[tuple[dict[str, int], Row]]:
+def _checked_inputs(
+    spec: DeploymentSpec, rows: list[Row], further: Sequence[dict[str, int]]
+) -> Iterator[tuple[dict[str, int], Row]]:
     """Real inputs at each of the checked sizes; at the traced sizes the last rows, since tracing used the first."""
-    for sizes in checked_sizes(spec):
+    for sizes in [*checked_sizes(spec), *further]:
         yield sizes, inputs_at(spec, rows[::-1] if sizes == traced_sizes(spec) else rows, sizes)
 
 
@@ -245,11 +247,25 @@ def tolerance_of(spec: DeploymentSpec, reference: np.ndarray) -> float:
 
 
 def check_corners(
-    spec: DeploymentSpec, model: torch.nn.Module, predict: Predict, what: str, rows: list[Row]
+    spec: DeploymentSpec,
+    model: torch.nn.Module,
+    predict: Predict,
+    what: str,
+    rows: list[Row],
+    branches: Sequence[dict[str, int]] = (),
 ) -> list[dict[str, Any]]:
-    """Worst error of `predict` by output at each checked shape; raises GateFailed past the tolerance."""
+    """Worst error of `predict` by output at each checked shape; raises GateFailed past the tolerance.
+
+    `branches`: further sizes, at which `forward` takes another path than the traced one.
+    """
     checks = []
-    for sizes, inputs in _checked_inputs(spec, rows):
+    for sizes, inputs in _checked_inputs(spec, rows, branches):
+        cause = (
+            "forward's code looks at a size and takes another path there than at the traced sizes "
+            f"({sizes_text(traced_sizes(spec))}); compute without that branch, or narrow [axes]"
+            if sizes in branches
+            else "if the cause is not a size but the order of sums, set [parity.fp32] in deploy.toml"
+        )
         expected = run_torch(spec, model, inputs)
         try:
             values = predict(inputs)
@@ -270,8 +286,7 @@ def check_corners(
             if not worst[name] <= (allowed := tolerance_of(spec, reference)):
                 raise GateFailed(
                     f"{what}: output {name!r} at {sizes_text(sizes)} is off by {worst[name]:.3g} relative to PyTorch; "
-                    f"allowed {allowed:.2g}; if the cause is not a size but the order of sums, set [parity.fp32] in "
-                    "deploy.toml"
+                    f"allowed {allowed:.2g}; {cause}"
                 )
         checks.append({"sizes": sizes, "worst_error": worst})
     return checks

@@ -3,8 +3,9 @@
 Contract: reads a model folder; writes `build/<name>/fp32/model.onnx` with the names, types and dynamic
 axes of `deploy.toml`, and the real inputs that later stages need (`calibration.npz`,
 `evaluation.npz`), so that they need neither torch nor model.py. The stage runs the graph in
-ONNX Runtime and compares it with PyTorch at the smallest and the largest corner of the profile and one shape
-between, none of them the traced one if there is another: this finds dimensions that tracing baked in.
+ONNX Runtime and compares it with PyTorch at the smallest and the largest corner of the profile, one shape between,
+and where `forward` takes another path; none of them is the traced one if there is another. This finds what tracing
+baked in.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
+from export.branches import sizes_of_branches
 from export.cache import put_in_place, refined, stage_key
 from export.graph_file import save_graph
 from export.model_folder import ModelFolder, folder_of, model_py, place_of
@@ -41,6 +44,7 @@ from export.runtimes.pytorch_reference import (
     check_repeatable,
     check_rows_independent,
     checked_at,
+    checked_sizes,
     inputs_at,
     sizes_text,
     traced_sizes,
@@ -53,8 +57,13 @@ OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op t
 log = Console(file=sys.stderr, markup=False)  # created now: the exporter's output is discarded below
 
 
-def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) -> onnx.ModelProto:
-    """The dynamo exporter's graph with the signature's names and axes; raises InputError if the export fails."""
+def onnx_from_torch(
+    spec: DeploymentSpec, model: torch.nn.Module, example: Row
+) -> tuple[onnx.ModelProto, list[dict[str, int]]]:
+    """The dynamo exporter's graph with the signature's names and axes, and sizes where `forward` may differ from it.
+
+    Raises InputError if the export fails.
+    """
     fixed = {name for name, axis in spec.axes.items() if axis.min == axis.max}
     dims = {
         name: torch.export.Dim(name, min=axis.min, max=axis.max)
@@ -83,9 +92,10 @@ def onnx_from_torch(spec: DeploymentSpec, model: torch.nn.Module, example: Row) 
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(_why_not_exported(error, folder_of(spec))) from error
     assert program is not None
+    assert program.exported_program is not None
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
-    return graph
+    return graph, sizes_of_branches(spec, program.exported_program, traced_sizes(spec), checked_sizes(spec))
 
 
 def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -214,7 +224,7 @@ def _export(source: ModelFolder, model: torch.nn.Module, rows: dict[str, list[Ro
     with log.status("running evaluate()"):
         check_metric(source, predict)
     with log.status("exporting with the dynamo exporter"):
-        graph = onnx_from_torch(spec, model, example)
+        graph, branches = onnx_from_torch(spec, model, example)
         save_graph(graph, path)
         try:
             onnx.checker.check_model(path, full_check=True)
@@ -224,11 +234,18 @@ def _export(source: ModelFolder, model: torch.nn.Module, rows: dict[str, list[Ro
                 f"{model_py(spec)}: the graph is not valid ONNX: {why}; if ONNX has no such operator for this type, "
                 "compute in another one, such as int32 in place of bool"
             ) from None
-    found = {"operators": len(graph.graph.node), "opset": OPSET, "checks": _check(spec, model, evaluation, path)}
+    checks = _check(spec, model, evaluation, path, branches)
+    found = {"operators": len(graph.graph.node), "opset": OPSET, "checks": checks}
     record_build(path, spec, "fp32", clock, found=found, sources={"weights": weights_digest(model)})
 
 
-def _check(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], path: Path) -> list[dict[str, Any]]:
+def _check(
+    spec: DeploymentSpec,
+    model: torch.nn.Module,
+    evaluation: list[Row],
+    path: Path,
+    branches: Sequence[dict[str, int]] = (),
+) -> list[dict[str, Any]]:
     """Compares the graph with PyTorch; raises GateFailed if they differ, InputError if ONNX Runtime cannot load it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors are raised
@@ -244,7 +261,7 @@ def _check(spec: DeploymentSpec, model: torch.nn.Module, evaluation: list[Row], 
         def predict(inputs: Row) -> Row:
             return dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))
 
-        return check_corners(spec, model, predict, path.name, evaluation)
+        return check_corners(spec, model, predict, path.name, evaluation, branches)
 
 
 def main(options: argparse.Namespace) -> None:
