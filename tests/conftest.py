@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,13 @@ def run_here(capfd: pytest.CaptureFixture[str]) -> RunHere:
     return run
 
 
+@pytest.fixture
+def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets stages run in this process what they run in a child process, where a crash would end only the child."""
+    for user in ("export.runtimes.isolation", "export.stages.select_precision"):
+        monkeypatch.setattr(f"{user}.in_child", lambda what, function: function())
+
+
 STAGES = (
     ("to-onnx",),
     ("quantize", "--precision", "fp16"),
@@ -259,13 +267,18 @@ def built(of_the_run: Path) -> Path:
     """A folder with `build/` and `repository/` of the models `image` and `text`; read-only."""
     folder = of_the_run / "built"
 
-    def make() -> None:
-        for model in ("image", "text"):
-            for stage, *flags in STAGES:
-                where = ("--repository", str(folder / "repository")) if stage == "publish" else ()
-                run_stage(model, stage, *flags, *where, build=folder / "build")
+    def build(model: str) -> None:
+        for stage, *flags in STAGES:
+            where = ("--repository", str(folder / "repository")) if stage == "publish" else ()
+            run_stage(model, stage, *flags, *where, build=folder / "build")
 
-    return once(folder, make)
+    return once(folder, lambda: at_once(build, "image", "text"))
+
+
+def at_once(make: Callable[[str], None], *models: str) -> None:
+    """Makes something of each model at the same time: the other processes of the test run wait for it."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(make, models))
 
 
 @pytest.fixture(scope="session")
@@ -275,8 +288,7 @@ def typed(built: Path, of_the_run: Path) -> Path:
 
     def make() -> None:
         shutil.copytree(built / "build", folder / "build", dirs_exist_ok=True)
-        for model in ("image", "text"):
-            run_stage(model, *STAGES[2][:-1], "fp16", build=folder / "build")
+        at_once(lambda model: run_stage(model, *STAGES[2][:-1], "fp16", build=folder / "build"), "image", "text")
 
     return once(folder, make) / "build"
 

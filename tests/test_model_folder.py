@@ -17,7 +17,7 @@ from export.model_folder import ModelFolder, in_order
 from export.precision.accuracy import evaluated
 from export.runtimes.pytorch_reference import run_torch
 from export.sources import files_in
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.test_to_onnx import TOML, tiny
 
 TEXT = DeploymentSpec.load("tests/models/text")
@@ -164,7 +164,10 @@ def test_a_mistake_in_evaluate_is_one_line(tmp_path: Path, body: str, message: s
         evaluated(source, lambda inputs: inputs)
 
 
-def test_what_a_model_prints_is_not_in_the_json(tmp_path: Path) -> None:
+@pytest.mark.server
+def test_what_a_model_prints_is_not_in_the_json(
+    tmp_path: Path, own_build: Path, no_children: None, run_here: RunHere
+) -> None:
     code = (
         "\nprint('importing')\n_load, _samples = load, samples\ndef load():\n    print('loading')\n    return _load()\n"
     )
@@ -172,10 +175,8 @@ def test_what_a_model_prints_is_not_in_the_json(tmp_path: Path) -> None:
     code += "def evaluate(predict):\n    predict(next(iter(_samples('evaluation'))))\n    print('evaluating')\n    return {'score': 1.0}\n"
     toml = TOML + '[precision]\nmetric = "score"\n'
     tiny(tmp_path, toml=toml, body="print('running'); return self.line(x)", code=code)
-    for stage in ("train", "to_onnx", "to_torchscript", "select_precision --precision fp32"):
-        name, *flags = stage.split()
-        which = ("--models", str(tmp_path), "--model", "tiny", *flags, "--json")
-        run = run_module("cli", name.replace("_", "-"), *which, DEEPSEEK_BUILD=str(tmp_path / "build"))
+    for stage in ("train", "to-onnx", "to-torchscript", "select-precision --precision fp32"):
+        run = run_here(*stage.split(), "--models", str(tmp_path), "--model", "tiny", "--json")
         assert isinstance(json.loads(run.stdout), dict), run.stderr
         assert "importing" in run.stderr
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 from deepseek_client import InferenceClient
 
+from cli.main import values_of
+from cli.model_folder.new import main as new
 from serving.embedded.serve import EmbeddedServer
-from tests.conftest import run_module
+from tests.conftest import RunHere
 
 KINDS = ("vision", "text", "ranking")
 
@@ -19,9 +23,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one model from each template."""
     folder = tmp_path_factory.mktemp("new") / "my models"
     for kind in KINDS:
-        run = run_module("cli", "new", f"my-{kind}", "--from", kind, "--models", str(folder))
-        assert run.returncode == 0, run.stderr
-        assert f"make engine serve MODEL=my-{kind} MODELS='{folder}'" in run.stdout
+        with redirect_stdout(io.StringIO()) as said:
+            new(values_of("new", f"my-{kind}", "--from", kind, "--models", str(folder)))
+        assert f"make engine serve MODEL=my-{kind} MODELS='{folder}'" in said.getvalue()
     return folder
 
 
@@ -38,13 +42,12 @@ SHAPES = {"vision": (2, 10), "text": (2, 64), "ranking": (2, 3)}
 
 
 @pytest.mark.slow
-def test_each_template_builds_and_is_served_unchanged(models: Path) -> None:
+def test_each_template_builds_and_is_served_unchanged(models: Path, run_here: RunHere) -> None:
     repository = models.parent / "repository"
-    stages = (("to-onnx",), ("publish", "--precision", "fp32", "--repository", str(repository)))
     for kind in KINDS:
-        for stage in stages:
+        for stage in (("to-onnx",), ("publish", "--precision", "fp32", "--repository", str(repository))):
             which = ("--model", f"my-{kind}", "--models", str(models))
-            run = run_module("cli", *stage, *which, DEEPSEEK_BUILD=str(models.parent / "build"))
+            run = run_here(*stage, *which, DEEPSEEK_BUILD=str(models.parent / "build"))
             assert run.returncode == 0, run.stderr
     with EmbeddedServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
         client = InferenceClient(server.grpc_url)
@@ -62,9 +65,11 @@ def test_each_template_builds_and_is_served_unchanged(models: Path) -> None:
         (("x", "--from", "vison"), "--from: seen 'vison'; allowed: vision, text, ranking; did you mean vision?"),
     ],
 )
-def test_a_folder_that_cannot_be_written_is_one_line(models: Path, words: tuple[str, ...], told: str) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(
+    models: Path, words: tuple[str, ...], told: str, run_here: RunHere
+) -> None:
     before = sorted(models.iterdir())
-    run = run_module("cli", "new", *words, "--models", str(models))
+    run = run_here("new", *words, "--models", str(models))
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert told in run.stderr
     assert sorted(models.iterdir()) == before

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.vocabulary import Vocabulary
-from tests.conftest import run_module
+from tests.conftest import RunHere, run_module
 from tests.test_recommender import log_lines
 
 
@@ -18,8 +18,8 @@ def places(folder: Path) -> tuple[str, ...]:
     return ("--data", str(folder / "clicks"), "--build", str(folder / "build"), "--precision", "fp32", *own)
 
 
-def test_a_missing_or_broken_log_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
-    run = run_module("cli", "retrain")
+def test_a_missing_or_broken_log_is_one_line_and_changes_nothing(tmp_path: Path, run_here: RunHere) -> None:
+    run = run_here("retrain")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert run.stderr.startswith("error: --data: missing; ")
     (tmp_path / "clicks").mkdir()

@@ -17,6 +17,7 @@ from deepseek.spec import DeploymentSpec, InputError, Objective, SloSpec, TunedB
 from deepseek.spec.deployment import NO_MODELS
 from deepseek.spec.files.folders import write_whole
 from deepseek.targets import PROVIDERS, TARGETS, Provider, Target
+from tests.conftest import RunHere
 
 GOOD = Path("models/recommender/deploy.toml").read_text()
 
@@ -80,9 +81,8 @@ def test_a_mistake_is_one_line_with_the_file_the_key_and_what_is_allowed(
     assert hint in message
 
 
-def test_every_key_is_listed_with_its_type_default_and_meaning() -> None:
-    run = subprocess.run([sys.executable, "-m", "cli", "spec", "--keys", "--json"], capture_output=True, text=True)
-    keys = {key["name"]: key for key in json.loads(run.stdout)}
+def test_every_key_is_listed_with_its_type_default_and_meaning(run_here: RunHere) -> None:
+    keys = {key["name"]: key for key in json.loads(run_here("spec", "--keys", "--json").stdout)}
     assert keys["batching.instances"]["takes"] == "a whole number from 1 to 1024"
     assert keys["precision.candidates"]["default"] == '["fp16", "int8"]'
     assert keys["axes.<axis>.opt"]["default"] is None

@@ -7,15 +7,17 @@ command line that would run.
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from deepseek.spec import InputError
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
+from export import machine as export_machine
 from export.runtimes import tensorrt_container
 from export.runtimes.tensorrt_container import DOCKERFILE, image_name
-from tests.conftest import run_module
+from tests.conftest import RunHere
 
 NVIDIA_SMI = "echo 'GPU 0: NVIDIA L4'"
 DOCKER = 'echo "$@" >>"$RECORD"; case "$1" in info) echo "Runtimes: runc nvidia";; run) exit 7;; esac'
@@ -30,6 +32,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    for seen in (export_machine.output_of, export_machine._docker_information):
+        monkeypatch.setattr(export_machine, seen.__name__, cache(seen.__wrapped__))
+    monkeypatch.setattr(tensorrt_container, "output_of", export_machine.output_of)
     return tmp_path / "bin"
 
 
@@ -54,22 +59,26 @@ def program(folder: Path, name: str, body: str) -> None:
     ],
     ids=["nothing", "no docker", "no gpu", "no engine", "no runtime", "no permission"],
 )
-def test_what_a_machine_lacks_is_one_error_line(machine: Path, programs: dict[str, str], lacks: str) -> None:
+def test_what_a_machine_lacks_is_one_error_line(
+    machine: Path, programs: dict[str, str], lacks: str, run_here: RunHere
+) -> None:
     for name, body in programs.items():
         program(machine, name, body)
-    run = run_module("cli", "tensorrt-container")
+    run = run_here("tensorrt-container")
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: TARGET=tensorrt: this machine lacks {lacks}")
     assert "make check-engine" in run.stderr
     assert len(run.stderr.splitlines()) == 1
 
 
-def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(machine: Path, tmp_path: Path) -> None:
+def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(
+    machine: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     program(machine, "nvidia-smi", NVIDIA_SMI)
     program(machine, "docker", DOCKER)
     stage = ("to-tensorrt", "--model", "image", "--precision", "fp16")
     flags = ("--models", str(tmp_path), "--", *stage)
-    run = run_module("cli", "tensorrt-container", *flags, DEEPSEEK_DATA="/elsewhere/clicks.csv")
+    run = run_here("tensorrt-container", *flags, DEEPSEEK_DATA="/elsewhere/clicks.csv")
     assert run.returncode == 7  # the stage's own
     lines = (tmp_path / "record").read_text().splitlines()
     command = next(line for line in lines if line.startswith("run "))
@@ -83,7 +92,7 @@ def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(machine
     assert build.is_dir()
 
 
-def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_path: Path) -> None:
+def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_path: Path, run_here: RunHere) -> None:
     program(machine, "nvidia-smi", NVIDIA_SMI)
     program(
         machine,
@@ -93,7 +102,8 @@ def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_p
         ),
     )
     for _ in range(2):
-        run_module("cli", "tensorrt-container", "--tag", "26.08", "--", "to-tensorrt")
+        export_machine.output_of.cache_clear()
+        run_here("tensorrt-container", "--tag", "26.08", "--", "to-tensorrt")
     builds = [line for line in (tmp_path / "record").read_text().splitlines() if line.startswith("build ")]
     assert builds == [f"build --tag {image_name('26.08')} --file {DOCKERFILE} --build-arg TRITON_TAG=26.08 ."]
 
@@ -105,20 +115,24 @@ def test_a_changed_dockerfile_gives_another_image(tmp_path: Path, monkeypatch: p
     assert image_name("26.10") != before
 
 
-def test_the_image_is_built_with_the_network_that_the_stacks_images_take(machine: Path, tmp_path: Path) -> None:
+def test_the_image_is_built_with_the_network_that_the_stacks_images_take(
+    machine: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     program(machine, "nvidia-smi", NVIDIA_SMI)
     program(machine, "docker", DOCKER)
-    run_module("cli", "tensorrt-container", "--", "to-tensorrt", BUILD_NETWORK="host")
+    run_here("tensorrt-container", "--", "to-tensorrt", BUILD_NETWORK="host")
     assert f"build --tag {image_name('26.10')} --network host --file" in (tmp_path / "record").read_text()
 
 
-def test_the_requirements_of_a_model_folder_are_installed_in_an_image_on_top(machine: Path, tmp_path: Path) -> None:
+def test_the_requirements_of_a_model_folder_are_installed_in_an_image_on_top(
+    machine: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     program(machine, "nvidia-smi", NVIDIA_SMI)
     program(machine, "docker", DOCKER.replace("run)", 'build) cat "${@: -1}"/Dockerfile* >>"$RECORD" || true;; run)'))
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "requirements.txt").write_text("timm>=1\n")
     stage = ("--models", str(tmp_path), "--", "select-precision", "--model", "shop")
-    assert run_module("cli", "tensorrt-container", *stage).returncode == 7
+    assert run_here("tensorrt-container", *stage).returncode == 7
     record = (tmp_path / "record").read_text()
     assert f"FROM {image_name('26.10')}\nCOPY requirements.txt" in record
     own = next(

@@ -18,7 +18,7 @@ from export.rows import save_rows
 from export.runtimes.torchscript_predictor import torchscript_predictor
 from export.stages.to_torchscript import export_model
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import run_module
+from tests.conftest import RunHere, run_module
 from tests.test_to_onnx import TOML, tiny
 
 pytestmark = [
@@ -56,10 +56,10 @@ def test_a_model_whose_trace_would_bake_in_values_is_scripted(tmp_path: Path, bo
         np.testing.assert_allclose(predict({"x": x})["y"], expected.numpy(), rtol=1e-5)
 
 
-def test_a_branch_that_cannot_be_compiled_is_reported_with_its_line(tmp_path: Path) -> None:
+def test_a_branch_that_cannot_be_compiled_is_reported_with_its_line(tmp_path: Path, run_here: RunHere) -> None:
     source = tiny(tmp_path, body=NOT_COMPILED + BRANCH)
     save_rows(tmp_path / "build" / "tiny" / "evaluation.npz", source.rows("evaluation", 12))
-    run = run_module("cli", "to-torchscript", "--models", str(tmp_path), "--model", "tiny")
+    run = run_here("to-torchscript", "--models", str(tmp_path), "--model", "tiny")
     assert run.returncode == 0, run.stderr
     assert "warning: tracing fixed a branch or a number that depends on inputs (model.py:15)" in run.stderr
     assert "traced on" in run.stdout

@@ -17,7 +17,7 @@ from export.pipeline import stages_of
 from export.plan import Plan
 from export.precision.accuracy_budget import accuracy_key
 from export.stages import train
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.test_to_onnx import TOML
 
 # Trains to the value in `seed.txt` beside the build, and counts its runs.
@@ -167,8 +167,8 @@ def test_accuracy_is_remeasured_without_a_fingerprint_for_evaluate(
         assert (accuracy_key(clone("one", code, toml), "int8", "weights") is not None) is known
 
 
-def test_the_command_reports_how_the_weights_were_made() -> None:
-    run = run_module("cli", "train", "--models", "tests/models", "--model", "image", "--json")
+def test_the_command_reports_how_the_weights_were_made(run_here: RunHere) -> None:
+    run = run_here("train", "--models", "tests/models", "--model", "image", "--json")
     assert json.loads(run.stdout)["weights"] == "brought"
-    run = run_module("cli", "train", "--models", "tests/models", "--model", "image")
+    run = run_here("train", "--models", "tests/models", "--model", "image")
     assert run.stdout == "image comes with its weights: no train() in tests/models/image/model.py\n"
