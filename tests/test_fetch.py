@@ -18,7 +18,7 @@ from deepseek.spec import GateFailed, InputError
 from serving.repository.archive import pack
 from serving.repository.fetch import fetch
 from serving.stack.certificate import ensure_certificate
-from tests.conftest import run_module, write_add_one
+from tests.conftest import RunHere, write_add_one
 
 
 class Store(ThreadingHTTPServer):
@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def store() -> Iterator[Store]:
     with Store() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -97,17 +97,17 @@ def test_a_packed_repository_arrives_unchanged(store: Store, archive: tuple[byte
 
 
 def test_over_https_the_stores_certificate_must_be_trusted(
-    store: Store, archive: tuple[bytes, str], into: Path, tmp_path: Path
+    store: Store, archive: tuple[bytes, str], into: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
     ensure_certificate(tmp_path, [])
     store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
     store.speak_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
     arguments = ("--url", store.url("/m.tar.gz"), "--sha256", archive[1], "--into", str(into))
-    stranger = run_module("cli", "fetch", *arguments)
+    stranger = run_here("fetch", *arguments)
     assert (stranger.returncode, stranger.stderr.count("\n")) == (1, 1)
     assert "CERTIFICATE_VERIFY_FAILED" in stranger.stderr
     assert store.seen == []
-    run = run_module("cli", "fetch", *arguments, SSL_CERT_FILE=str(tmp_path / "ca.crt"))
+    run = run_here("fetch", *arguments, SSL_CERT_FILE=str(tmp_path / "ca.crt"))
     assert run.returncode == 0, run.stderr
     assert (into / "add_one" / "config.pbtxt").is_file()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from cli.gpu_check import missing, run, unmet
 from cli.gpu_steps import Step, Where, steps
 from cli.main import values_of
 from serving.doctor.machine import Gpu, Machine
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.gateway import wait_for
 
 WHERE = Where(folder=Path("/check"), models="models", triton_tag="26.10", gateway_port=1, http_port=2, grpc_port=3)
@@ -87,14 +88,26 @@ def test_a_step_gets_no_setting_of_another_stack(monkeypatch: pytest.MonkeyPatch
     assert found.last_lines == ("[]",)
 
 
-def test_a_step_over_its_limit_may_stop_and_is_ended_with_its_children(tmp_path: Path) -> None:
+def test_a_step_over_its_limit_may_stop_and_is_ended_with_its_children(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class UntilItSpeaks(subprocess.Popen[bytes]):
+        """Reaches its time limit as soon as it has said something."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                wait_for(lambda: (tmp_path / "log").read_text())
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    monkeypatch.setattr(subprocess, "Popen", UntilItSpeaks)
     code = (
-        "import signal, subprocess, sys, time; "
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=True))); "
-        "print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+        "import signal, subprocess, sys, time; child = subprocess.Popen(['sleep', '600']); "
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=bool(child.wait())))); "
+        "print(child.pid, flush=True); time.sleep(600)"
     )
-    found = run(python("slow", code, limit_s=5), tmp_path / "log", {})
-    assert (found.outcome, found.reason) == ("failed", "not done within 5 s")
+    found = run(python("slow", code), tmp_path / "log", {})
+    assert (found.outcome, found.reason) == ("failed", "not done within 60 s")
     pid, said = found.last_lines
     assert said == "stopped"
     wait_for(lambda: ended(int(pid)))
@@ -139,8 +152,8 @@ def test_each_command_of_the_project_in_the_table_can_be_parsed() -> None:
             values_of(name, *rest)
 
 
-def test_a_machine_without_a_gpu_gets_a_line_for_each_step(tmp_path: Path) -> None:
-    done = run_module("cli", "gpu-check", "--output", str(tmp_path), "--json", PATH=str(tmp_path))
+def test_a_machine_without_a_gpu_gets_a_line_for_each_step(tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here("gpu-check", "--output", str(tmp_path), "--json", PATH=str(tmp_path))
     assert done.returncode == 3, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(steps(WHERE, ["recommender", "minilm"]))
@@ -148,7 +161,7 @@ def test_a_machine_without_a_gpu_gets_a_line_for_each_step(tmp_path: Path) -> No
     assert {step["outcome"] for step in json.loads(done.stdout)["steps"]} == {"skipped"}
 
 
-def test_the_baselines_say_that_there_is_no_gpu() -> None:
-    done = run_module("cli", "gpu-baselines")
+def test_the_baselines_say_that_there_is_no_gpu(run_here: RunHere) -> None:
+    done = run_here("gpu-baselines")
     assert done.returncode == 2
     assert f"PyTorch {torch.__version__} sees no GPU" in done.stderr
