@@ -15,17 +15,20 @@ import pytest
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
+from export.artifact import refusal
 from export.precision.ptq import _forget_dims
 from export.precision.qdq import found_precision, share_equal_weights
 from export.precision.sensitivity import output_error
 from export.rows import load_rows, save_rows
 from export.runtimes.batching import outputs_of
 from export.runtimes.onnxruntime_predictor import onnx_predictor
+from export.stages import quantize
 from export.stages.quantize import prove, quantize_model
 from export.stages.to_onnx import export_model
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.test_sensitivity import small
 
+pytestmark = pytest.mark.server
 TEXT = DeploymentSpec.load("tests/models/text")
 
 
@@ -150,49 +153,54 @@ def test_a_graph_of_one_batch_size_is_calibrated_with_it(tmp_path: Path, own_bui
     """ModelOpt skips products with a side of 1, which are all products with a batch of 1."""
     source = small(tmp_path, "return self.second(self.first(x).relu())", batch=(batch, batch))
     export_model(source)
-    config = QuantConfig(calibration_data=build_dir("small") / "calibration.npz", high_precision="fp32")
+    data = build_dir("small") / "calibration.npz"
+    config = QuantConfig(calibration_data=data, calibration_method="max", high_precision="fp32")
     assert quantize_model(source.spec, config)["found"]["compute_operators"] == {"int8": 2}
 
 
-def test_a_candidate_that_cannot_be_made_is_recorded_and_the_build_continues(copied: Path, tmp_path: Path) -> None:
+def test_a_candidate_that_cannot_be_made_is_recorded_and_the_build_continues(
+    copied: Path, tmp_path: Path, no_children: None, run_here: RunHere
+) -> None:
     shutil.copytree("tests/models/text", tmp_path / "models" / "text")
     toml = tmp_path / "models" / "text" / "deploy.toml"
     toml.write_text(toml.read_text().replace("max_drop", 'op_types = ["Conv"]\nmax_drop'))
     flags = ("--models", str(tmp_path / "models"), "--model", "text")
-    run = run_module("cli", "quantize", *flags, "--precision", "int8", DEEPSEEK_BUILD=str(copied))
-    assert run.returncode == 1
-    run = run_module("cli", "quantize", *flags, "--precision", "int8", "--candidate", DEEPSEEK_BUILD=str(copied))
+    run = run_here("quantize", *flags, "--precision", "int8", "--candidate")
     assert (run.returncode, "int8 cannot be made" in run.stdout) == (0, True)
-    run = run_module("cli", "select-precision", *flags, DEEPSEEK_BUILD=str(copied))
-    assert "int8      could not be made: " in run.stdout
-    choice = json.loads((copied / "text" / "choice-onnxruntime.json").read_text())
-    assert (choice["variants"].keys(), choice["refused"].keys()) == ({"fp32", "fp16"}, {"int8"})
+    assert refusal(copied / "text" / "int8" / "model.onnx")
 
 
-def test_samples_without_a_range_refuse_a_candidate_but_not_the_build(built: Path, tmp_path: Path) -> None:
-    shutil.copytree(built / "build" / "image", tmp_path / "image")
-    path = tmp_path / "image" / "calibration.npz"
+def test_samples_without_a_range_refuse_a_candidate_but_not_the_build(
+    built: Path, own_build: Path, no_children: None, run_here: RunHere
+) -> None:
+    shutil.copytree(built / "build" / "image", own_build / "image")
+    path = own_build / "image" / "calibration.npz"
     rows = load_rows(path)
     rows[0]["pixels"][0, 0, 0, 0] = -np.inf
     save_rows(path, rows)
-    flags = ("--models", "tests/models", "--model", "image", "--precision", "int8", "--candidate")
-    run = run_module("cli", "quantize", *flags, DEEPSEEK_BUILD=str(tmp_path))
+    run = run_here("quantize", "--models", "tests/models", "--model", "image", "--precision", "int8", "--candidate")
     assert run.returncode == 0, run.stderr
     assert (
         "the build continues without it: samples('calibration'): row 0: input 'pixels': holds NaN or Inf" in run.stdout
     )
 
 
-def test_a_truncated_onnx_file_is_one_line_and_exit_2(built: Path, tmp_path: Path) -> None:
-    shutil.copytree(built / "build" / "image", tmp_path / "image")
-    path = tmp_path / "image" / "fp32" / "model.onnx"
+def test_a_truncated_onnx_file_is_one_line_and_exit_2(copied: Path, no_children: None, run_here: RunHere) -> None:
+    path = copied / "text" / "fp32" / "model.onnx"
     path.write_bytes(path.read_bytes()[:20000])
-    before = (tmp_path / "image" / "fp16" / "model.onnx").read_bytes()
-    flags = ("--models", "tests/models", "--model", "image", "--precision", "fp16")
-    run = run_module("cli", "quantize", *flags, DEEPSEEK_BUILD=str(tmp_path))
+    before = (copied / "text" / "fp16" / "model.onnx").read_bytes()
+    run = run_here("quantize", "--models", "tests/models", "--model", "text", "--precision", "fp16")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "not a valid ONNX file" in run.stderr
-    assert (tmp_path / "image" / "fp16" / "model.onnx").read_bytes() == before
+    assert (copied / "text" / "fp16" / "model.onnx").read_bytes() == before
+
+
+def test_an_infinite_drop_is_null_in_the_report(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = onnx.load(copied / "text" / "int8" / "model.onnx")
+    monkeypatch.setattr(quantize, "to_8_bits", lambda *_: (graph, {"sensitivity": {"drop": np.inf}}))
+    quantize_model(TEXT, settings(copied))
+    written = (copied / "text" / "int8" / "sensitivity.json").read_text()
+    assert json.loads(written, parse_constant=pytest.fail) == {"drop": None}
 
 
 def test_every_int8_product_runs_in_integers_in_onnx_runtime(built: Path, tmp_path: Path) -> None:
