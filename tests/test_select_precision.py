@@ -23,11 +23,12 @@ from export.artifact import engine_path, onnx_path
 from export.model_folder import ModelFolder, Predict
 from export.precision import accuracy_budget
 from export.rows import load_rows, save_rows
-from export.runtimes import variants
+from export.runtimes import timing, variants
+from export.runtimes.onnxruntime_predictor import onnx_predictor
 from export.runtimes.timing import Timer
-from export.stages import select_precision
+from export.stages import quantize, select_precision
 from export.stages.select_precision import add_speed, choose, show
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.test_accuracy import scaled
 
 IMAGE = DeploymentSpec.load("tests/models/image")
@@ -189,8 +190,7 @@ def test_a_candidate_that_could_not_be_made_is_refused_with_its_recorded_reason(
     assert select_precision._refusal(IMAGE, "int8", "tensorrt") is None
 
 
-def test_only_8_bits_have_a_sensitivity_report_and_only_if_needed(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(text / "build"))
+def test_only_8_bits_have_a_sensitivity_report_and_only_if_needed(text: Path) -> None:
     spec = DeploymentSpec.load("tests/models/text")
     expected: dict[Precision, object] = {"fp16": None, "int8": {"layers": [], "high": "fp32"}}
     for name, found in expected.items():
@@ -249,26 +249,30 @@ def test_each_number_of_the_table_says_its_rows(capsys: pytest.CaptureFixture[st
 
 
 @pytest.fixture
-def text(built: Path, tmp_path: Path) -> Path:
-    """A folder with `models/` and `build/` of the model `text` that the test may change."""
+def text(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_children: None) -> Path:
+    """A folder with `models/` and `build/` of the model `text` that the test may change; all variants are as fast."""
     shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
     shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+    monkeypatch.setattr(select_precision, "time_interleaved", lambda timers: {name: [1.0] * 4 for name in timers})
     return tmp_path
 
 
-def stage(folder: Path, name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def stage(text: Path, run_here: RunHere) -> RunHere:
     """Runs a stage of the build for the model in that folder."""
-    which = ("--models", str(folder / "models"), "--model", "text")
-    return run_module("cli", name.replace("_", "-"), *which, *flags, DEEPSEEK_BUILD=str(folder / "build"))
+
+    def run(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        return run_here(name, "--models", str(text / "models"), "--model", "text", *flags)
+
+    return run
 
 
-def test_if_the_metric_of_fp32_is_0_outputs_are_compared_and_a_warning_says_so(text: Path) -> None:
+def test_if_the_metric_of_fp32_is_0_outputs_are_compared_and_a_warning_says_so(text: Path, stage: RunHere) -> None:
     model = text / "models" / "text" / "model.py"
     model.write_text(model.read_text().replace('{"self_retrieval": float(', '{"self_retrieval": 0 * float('))
     said = "warning: self_retrieval of fp32 PyTorch is 0: evaluate() has too little data to judge by, or a mistake"
-    made = stage(text, "quantize", "--precision", "int8", "--high-precision", "fp32")
-    assert (made.returncode, said in " ".join(made.stderr.split())) == (0, True), made.stderr
-    compared = stage(text, "select_precision")
+    compared = stage("select-precision")
     assert (compared.returncode, said in compared.stdout) == (0, True), compared.stderr
     choice = json.loads((text / "build" / "text" / "choice-onnxruntime.json").read_text())
     metric, int8 = choice["metric"], choice["variants"]["int8"]
@@ -282,10 +286,12 @@ BY_ROW = (
 )
 
 
-def test_a_metric_row_by_row_has_an_interval_in_the_table_the_choice_and_the_manifest(text: Path) -> None:
+def test_a_metric_row_by_row_has_an_interval_in_the_table_the_choice_and_the_manifest(
+    text: Path, stage: RunHere
+) -> None:
     model = text / "models" / "text" / "model.py"
     model.write_text(model.read_text().replace(*BY_ROW))
-    run = stage(text, "select_precision")
+    run = stage("select-precision")
     assert run.returncode == 0, run.stderr
     assert "interval: bounds of the drop, each at " in run.stdout
     choice = json.loads((text / "build" / "text" / "choice-onnxruntime.json").read_text())
@@ -302,7 +308,7 @@ def test_a_metric_row_by_row_has_an_interval_in_the_table_the_choice_and_the_man
 def test_with_a_fake_of_a_gpu_the_speed_is_that_of_the_runs_and_copies_and_clocks_are_apart(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(text / "build"))
+    monkeypatch.setattr(select_precision, "time_interleaved", timing.time_interleaved)
     seconds = {"fp32": 0.004, "fp16": 0.001, "int8": 0.002}
     for name in seconds:
         folder = text / "build" / "text" / name
@@ -327,7 +333,6 @@ def test_with_a_fake_of_a_gpu_the_speed_is_that_of_the_runs_and_copies_and_clock
 def test_pytorch_runs_in_no_round_of_the_graphs_whose_caches_it_would_evict(
     text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(text / "build"))
     rounds: list[set[str]] = []
 
     def timed(timers: dict[str, Timer]) -> dict[str, list[float]]:
@@ -339,32 +344,42 @@ def test_pytorch_runs_in_no_round_of_the_graphs_whose_caches_it_would_evict(
     assert [each for each in rounds if each] == [{"fp32", "int8"}, {"pytorch"}]
 
 
-def test_a_missing_execution_provider_is_an_error_only_if_it_would_serve(text: Path) -> None:
+def test_a_missing_execution_provider_is_an_error_only_if_it_would_serve(
+    text: Path, monkeypatch: pytest.MonkeyPatch, stage: RunHere
+) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine's ONNX Runtime has it")
     toml = text / "models" / "text" / "deploy.toml"
     toml.write_text(toml.read_text() + '[onnxruntime]\nprovider = "cuda"\n')
-    made = stage(text, "quantize", "--precision", "int8", "--candidate")
-    compared = stage(text, "select_precision")
-    for run in (made, compared):
+    monkeypatch.setattr(quantize, "quantize_model", opening_a_trial_graph)
+    int8 = ("quantize", "--precision", "int8", "--candidate", "--json")
+    for run in (stage(*int8), stage("select-precision")):
         assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
         assert "execution provider 'cuda' is not in ONNX Runtime" in run.stderr
     assert (text / "build" / "text" / "int8" / "model.onnx").stat().st_size > 0
-    other = stage(text, "quantize", "--precision", "int8", "--target", "tensorrt")
+    other = stage(*int8, "--target", "tensorrt")
     assert other.returncode == 0, other.stderr  # if TensorRT serves, the trials run on the CPU
 
 
-def test_a_graph_that_cannot_be_loaded_is_refused_and_the_others_are_compared(text: Path) -> None:
+def opening_a_trial_graph(spec: DeploymentSpec, *_: object) -> dict[str, Any]:
+    """What quantization does first of all that needs the execution provider."""
+    onnx_predictor(spec, onnx_path("text", "fp32"), "onnxruntime")
+    return {}
+
+
+def test_a_graph_that_cannot_be_loaded_is_refused_and_the_others_are_compared(text: Path, stage: RunHere) -> None:
     path = text / "build" / "text" / "fp16" / "model.onnx"
     path.write_bytes(path.read_bytes()[:1000])
-    run = stage(text, "select_precision", "--json")
+    run = stage("select-precision", "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert (result["refused"].keys(), result["metric"]) == ({"fp16"}, "self_retrieval")
-    assert stage(text, "select_precision", "--precision", "fp16").returncode == 1
+    assert stage("select-precision", "--precision", "fp16").returncode == 1
 
 
-def test_a_candidate_at_whose_outputs_evaluate_fails_is_refused_and_the_others_are_compared(text: Path) -> None:
+def test_a_candidate_at_whose_outputs_evaluate_fails_is_refused_and_the_others_are_compared(
+    text: Path, stage: RunHere
+) -> None:
     with (text / "models" / "text" / "model.py").open("a") as file:
         file.write(
             "\n_evaluate = evaluate\ndef evaluate(predict):\n    row = next(iter(samples('evaluation')))\n"
@@ -374,43 +389,41 @@ def test_a_candidate_at_whose_outputs_evaluate_fails_is_refused_and_the_others_a
         )
     manifests = [text / "build" / "text" / name / "manifest.json" for name in ("fp32", "fp16", "int8")]
     assert all(json.loads(path.read_text())["accuracy"] for path in manifests)
-    run = stage(text, "select_precision", "--json")
+    run = stage("select-precision", "--json")
     assert run.returncode == 0, run.stderr
     refused = json.loads(run.stdout)["refused"]
     assert refused.keys() == {"fp16", "int8"}
     kept = [json.loads(path.read_text())["accuracy"] is not None for path in manifests]
     assert kept == [True, False, False]  # no older accuracy beside a refusal
     assert all("evaluate(): AssertionError: other outputs" in reason for reason in refused.values())
-    assert stage(text, "select_precision", "--precision", "int8").returncode == 1
+    assert stage("select-precision", "--precision", "int8").returncode == 1
 
 
-def test_speed_is_measured_at_opt_even_if_no_two_rows_share_a_shape(text: Path) -> None:
+def test_speed_is_measured_at_opt_even_if_no_two_rows_share_a_shape(text: Path, stage: RunHere) -> None:
     path = text / "build" / "text" / "evaluation.npz"
     rows = {row["input_ids"].shape: row for row in load_rows(path)}
     save_rows(path, rows.values())
-    run = stage(text, "select_precision", "--precision", "fp32", "--json")
+    run = stage("select-precision", "--precision", "fp32", "--json")
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
     assert result["rows"] == len(rows)
     assert result["timed_shapes"] == {"input_ids": [4, 16], "attention_mask": [4, 16]}
 
 
-def test_an_fp32_graph_of_another_model_fails_even_with_a_good_metric(text: Path) -> None:
+def test_an_fp32_graph_of_another_model_fails_even_with_a_good_metric(text: Path, stage: RunHere) -> None:
     model = text / "models" / "text" / "model.py"
     model.write_text(model.read_text().replace("manual_seed(0)", "manual_seed(1)"))
-    run = stage(text, "select_precision", "--precision", "fp32")
+    run = stage("select-precision", "--precision", "fp32")
     assert run.returncode == 1
     assert "fp32 on onnxruntime: output 'embedding' is off by" in run.stderr
 
 
-def test_a_variant_past_the_budget_exits_1_and_changes_no_choice(built: Path, tmp_path: Path) -> None:
-    shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
-    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
-    toml = tmp_path / "models" / "image" / "deploy.toml"
-    toml.write_text(toml.read_text().replace("max_drop = 0.05", "max_drop = 0.0"))
-    before = (tmp_path / "build" / "image" / "choice-onnxruntime.json").read_bytes()
-    flags = ("--models", str(tmp_path / "models"), "--model", "image", "--precision", "int8")
-    run = run_module("cli", "select-precision", *flags, DEEPSEEK_BUILD=str(tmp_path / "build"))
+def test_a_variant_past_the_budget_exits_1_and_changes_no_choice(text: Path, stage: RunHere) -> None:
+    toml = text / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text().replace('metric = "self_retrieval"\nmax_drop = 0.1', "max_drop = 0.0"))
+    choice = text / "build" / "text" / "choice-onnxruntime.json"
+    before = choice.read_bytes()
+    run = stage("select-precision", "--precision", "int8")
     assert run.returncode == 1
     assert "no candidate is inside max_drop 0.00%" in run.stderr
-    assert (tmp_path / "build" / "image" / "choice-onnxruntime.json").read_bytes() == before
+    assert choice.read_bytes() == before

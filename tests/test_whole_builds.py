@@ -23,8 +23,6 @@ from deepseek.spec.checks import Table
 from deepseek.spec.files.folders import SCRATCH
 from export import build, cache
 from export.rows import load_rows
-from export.runtimes import isolation
-from export.stages import select_precision
 from tests.test_pipeline import options_of
 
 
@@ -63,13 +61,11 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     ["train", "prune", "to_onnx", "quantize fp16", "quantize int8", "to_torchscript", "select_precision", "publish"],
 )
 def test_a_stage_reads_only_the_keys_of_deploy_toml_that_the_pipeline_declares(
-    name: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: set[str]
+    name: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: set[str], no_children: None
 ) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     model = "image" if name == "prune" else "text"
     shutil.copytree(built / "build" / model, tmp_path / "build" / model)
-    for user in (isolation, select_precision):  # reads in a child process are not recorded
-        monkeypatch.setattr(user, "in_child", lambda what, function: function())
     known = {"model": model, "models": Path("tests/models"), "prune": 0.25 if name == "prune" else None}
     known["target"] = "torchscript" if name == "to_torchscript" else "onnxruntime"
     builder = build.Builder(build.plan_of(options_of(tmp_path, **known)))
