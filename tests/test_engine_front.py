@@ -18,6 +18,8 @@ from deepseek_client import InferenceClient, InferenceError, InvalidInput
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
+from cli.main import values_of
+from cli.model_folder.import_checkpoint import main as import_checkpoint
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManifest
 from deepseek.spec.files.repository import versions_of
 from deepseek.vocabulary import Vocabulary
@@ -25,51 +27,53 @@ from export.checks.parity import compare_served
 from export.checks.parity_strings import AT_NAMES
 from export.model_folder import ModelFolder
 from export.stages.publish import BACKEND_SOURCES
+from export.stages.publish import main as publish_model
+from export.stages.to_onnx import export_model
 from serving.doctor.examine import examine
 from serving.embedded.flags import engine_flags
 from serving.embedded.launcher import EmbeddedServer, check_repository
 from serving.release.versions import copy_version, move_in, move_out
 from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
-from tests.conftest import FREE, once, run_module
+from tests.conftest import FREE
 from tests.test_onnxruntime_backend import counter, statistics
 from tests.test_pairs import LONGEST, PAIRS, scores_of_transformers
 from tests.test_text import HERE, MOST_TOKENS, TEXTS, cosine, ids_of
 from tests.tiny_checkpoints import write_checkpoint
 
 SENTENCE, SHOP = Path("tests/models/sentence"), Path("tests/models/shop")
-IMPORTED = {"reranker": "cross-encoder", "tagger": "token-classifier"}
+NAMES = ("sentence", "shop", "reranker", "tagger")
 
 
 @pytest.fixture(scope="module")
-def folder(of_the_run: Path) -> Path:
+def folder(
+    built_sentence: Path, built_shop: Path, built_reranker: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """`build/`, `models/` for Triton's own ONNX Runtime backend, and the `repository/` with version 1 of each."""
-    place = of_the_run / "text-front"
-
-    def make() -> None:
-        for model in (SENTENCE, SHOP):
-            shutil.copytree(model, place / "models" / model.name)
-        for name, task in IMPORTED.items():
-            write_checkpoint(place / name, "bert", task)
-            run(place, "import", str(place / name))
-        for name in ("sentence", "shop", *IMPORTED):
-            with (place / "models" / name / "deploy.toml").open("a") as file:
-                file.write('\n[onnxruntime]\nbackend = "onnxruntime"\n')
-            run(place, "to-onnx", "--model", name)
-            publish(place, name, place / "repository")
-
-    return once(place, make)
-
-
-def run(folder: Path, command: str, *flags: str) -> None:
-    """Runs a stage for one of the models."""
-    done = run_module("cli", command, *flags, "--models", str(folder / "models"), DEEPSEEK_BUILD=str(folder / "build"))
-    assert done.returncode == 0, done.stderr
+    place = tmp_path_factory.mktemp("text-front")
+    for built, name in ((built_sentence, "sentence"), (built_shop, "shop"), (built_reranker, "reranker")):
+        models = built / "models" if name == "reranker" else SENTENCE.parent
+        shutil.copytree(models / name, place / "models" / name)
+        shutil.copytree(built / "build" / name, place / "build" / name)
+    shutil.copytree(built_reranker / "reranker", place / "reranker")
+    write_checkpoint(place / "tagger", "bert", "token-classifier")
+    import_checkpoint(values_of("import", str(place / "tagger"), "--models", str(place / "models")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_BUILD", str(place / "build"))
+        export_model(ModelFolder("tagger", place / "models"))
+    for name in NAMES:
+        with (place / "models" / name / "deploy.toml").open("a") as file:
+            file.write('\n[onnxruntime]\nbackend = "onnxruntime"\n')
+        publish(place, name, place / "repository")
+    return place
 
 
 def publish(folder: Path, name: str, repository: Path, *flags: str) -> None:
     """Publishes a model."""
-    run(folder, "publish", "--model", name, "--precision", "fp32", "--repository", str(repository), *flags)
+    which = ("--model", name, "--models", str(folder / "models"), "--precision", "fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_BUILD", str(folder / "build"))
+        publish_model(values_of("publish", *which, "--repository", str(repository), *flags))
 
 
 def run_by_python(version: Path) -> None:
@@ -120,7 +124,7 @@ def client(server: EmbeddedServer) -> Iterator[InferenceClient]:
         yield made
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("text", [TEXTS["emoji"], TEXTS["100 kB"]], ids=["emoji", "100 kB"])
 def test_a_text_gives_what_the_engine_gives_for_its_ids(client: InferenceClient, text: str) -> None:
     ids, whole = ids_of(text)
     found = client.infer("sentence", {"text": [text]})
@@ -210,7 +214,7 @@ def test_the_embedded_server_says_which_backend_the_engine_needs(folder: Path) -
 
 def test_the_stack_serves_it_with_nvidias_triton(folder: Path) -> None:
     served = {model.name: model for model in served_models(folder / "repository", folder / "models")}
-    assert served.keys() == {"sentence", "shop", *IMPORTED}
+    assert served.keys() == {*NAMES}
     assert all(model.needs_gpu for model in served.values())
     assert served["sentence"].text_bytes == 8 * (110_000 + 4)
 

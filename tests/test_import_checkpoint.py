@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     return folder, modules
 
 
-@pytest.fixture
-def build(checkpoints: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of artifacts as $DEEPSEEK_BUILD; no hub is called."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(checkpoints[0] / "build"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return checkpoints[0] / "build"
-
-
 def batch(root: Path, task: str) -> dict[str, np.ndarray]:
     """Two samples of the longest length; one of them has padding."""
     samples = list(ModelFolder(task, root / "models").rows("evaluation", 500))
@@ -83,18 +75,30 @@ def of_transformers(task: str, module: Any, inputs: dict[str, np.ndarray]) -> np
     return np.array(found) if task != "token-classifier" else np.array(found, dtype=object)
 
 
-def test_an_imported_encoder_is_served(checkpoints: tuple[Path, dict[str, Any]], build: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def server(
+    checkpoints: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedServer]:
+    """The encoder and the token classifier, served; compared with PyTorch over both protocols."""
+    models, folder = checkpoints[0] / "models", tmp_path_factory.mktemp("served")
+    which = [("--model", name, "--models", str(models)) for name in ("encoder", "token-classifier")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_BUILD", str(checkpoints[0] / "build"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for model in which:
+            export_model(ModelFolder(model[1], models))
+            publish(values_of("publish", *model, "--precision", "fp32", "--repository", str(folder / "repository")))
+        with EmbeddedServer(folder / "repository", **FREE, log_path=folder / "triton.log") as running:
+            for model in which:
+                parity(values_of("parity", *model, "--url", running.grpc_url, "--http-url", running.http_url))
+            yield running
+
+
+def test_an_imported_encoder_is_served(checkpoints: tuple[Path, dict[str, Any]], server: EmbeddedServer) -> None:
     root, modules = checkpoints
-    export_model(ModelFolder("encoder", root / "models"))
-    which = ("--model", "encoder", "--models", str(root / "models"))
-    publish(values_of("publish", *which, "--precision", "fp32", "--repository", str(tmp_path / "repository")))
     inputs = batch(root, "encoder")
-    with (
-        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "triton.log") as server,
-        InferenceClient(server.grpc_url) as client,
-    ):
+    with InferenceClient(server.grpc_url) as client:
         found = client.infer("encoder", inputs)["embedding"]
-        parity(values_of("parity", *which, "--url", server.grpc_url, "--http-url", server.http_url))
         from_text = client.infer("encoder", {"text": ["a text of letters"]})["embedding"]
     np.testing.assert_allclose(found, of_transformers("encoder", modules["encoder"], inputs), atol=2e-5)
     ids = np.array(
@@ -105,19 +109,11 @@ def test_an_imported_encoder_is_served(checkpoints: tuple[Path, dict[str, Any]],
 
 
 def test_a_token_classifier_answers_for_each_token_of_a_text(
-    checkpoints: tuple[Path, dict[str, Any]], build: Path, tmp_path: Path
+    checkpoints: tuple[Path, dict[str, Any]], server: EmbeddedServer
 ) -> None:
     root, modules = checkpoints
-    export_model(ModelFolder("token-classifier", root / "models"))
-    which = ("--model", "token-classifier", "--models", str(root / "models"))
-    publish(values_of("publish", *which, "--precision", "fp32", "--repository", str(tmp_path / "repository")))
     texts = ["a b", "a text of letters", "a " * 100, ""]
-    with (
-        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "triton.log") as server,
-        InferenceClient(server.grpc_url, timeout_s=60) as client,
-        ThreadPoolExecutor(8) as pool,
-    ):
-        parity(values_of("parity", *which, "--url", server.grpc_url, "--http-url", server.http_url))
+    with InferenceClient(server.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(8) as pool:
         calls = [client.infer] * 8  # batched: the rows of a request are padded to the longest of this request
         found = list(pool.map(lambda infer: infer("token-classifier", {"text": texts[:2]}), calls))
         whole = client.infer("token-classifier", {"text": texts})
