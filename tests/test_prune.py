@@ -17,6 +17,7 @@ from deepseek.checkpoints import Checkpoints
 from deepseek.pruning.distillation import SETTINGS
 from deepseek.spec import GateFailed, InputError
 from export.artifact import pruning_of, read_manifest
+from export.cache import STAGE_KEYS
 from export.checks import parity_cases
 from export.model_folder import ModelFolder
 from export.precision.accuracy import Evaluated, paired_drop
@@ -71,18 +72,16 @@ def test_the_budget_of_a_pruned_build_is_relative_to_the_unpruned_model(build: P
     assert measured["drop"] > 0
 
 
-FINETUNE = """
-
-def finetune(module: nn.Module) -> None:
-    with torch.no_grad():
-        module.head.bias += 1.0
-"""
+def image_with(code: str, folder: Path) -> ModelFolder:
+    """The model `image` with more code, in `models/` of a folder."""
+    shutil.copytree("tests/models/image", folder / "models" / "image")
+    with (folder / "models" / "image" / "model.py").open("a") as file:
+        file.write(code)
+    return ModelFolder("image", folder / "models")
 
 
 def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(tmp_path: Path, own_build: Path) -> None:
-    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
-    with (tmp_path / "models" / "image" / "model.py").open("a") as file:
-        file.write(FINETUNE)
+    image_with("\ndef finetune(module):\n    module.head.bias.data += 1.0\n", tmp_path)
     options = values_of("prune", "--models", str(tmp_path / "models"), "--model", "image")
     with pytest.raises(GateFailed, match=r"pruned by 0\.25, image loses .* of similarity; .* max_drop is 5\.00%"):
         main(options)
@@ -90,30 +89,28 @@ def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(tmp_pa
 
 
 def test_a_load_that_returns_the_same_weights_each_time_is_refused(tmp_path: Path, own_build: Path) -> None:
-    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
-    with (tmp_path / "models" / "image" / "model.py").open("a") as file:
-        file.write("\n_core = load()\n\ndef load() -> nn.Module:\n    return nn.Sequential(_core)\n")
+    source = image_with("\n_core = load()\ndef load():\n    return nn.Sequential(_core)\n", tmp_path)
     with pytest.raises(InputError, match=r"load\(\) returned the same weights twice; let it make new ones each time"):
-        prune_source(ModelFolder("image", tmp_path / "models"), 0.25)
+        prune_source(source, 0.25)
 
 
 def test_evaluation_rows_that_are_calibration_rows_too_are_not_learned(
     tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree("tests/models/image", tmp_path / "models" / "image")
-    with (tmp_path / "models" / "image" / "model.py").open("a") as file:
-        file.write(
-            "\n_own = samples\n\ndef samples(split):\n    yield from _own('evaluation')\n"
-            "    if split == 'calibration':\n        yield from list(_own(split))[:3]\n"
-        )
+    code = """
+_own = samples
+def samples(split):
+    yield from _own('evaluation')
+    if split == 'calibration':
+        yield from list(_own(split))[:3]
+"""
     learned: list[Any] = []
     monkeypatch.setattr(prune, "distil", lambda module, teacher, data, checkpoints: learned.extend(data))
-    prune_source(ModelFolder("image", tmp_path / "models"), 0.25)
+    prune_source(image_with(code, tmp_path), 0.25)
     assert sum(len(batch[0]) for batch in learned) == 3 * 4
 
 
 EVALUATE = """
-
 def evaluate(predict):
     from pathlib import Path
     predict(next(iter(samples("evaluation"))))
@@ -121,25 +118,26 @@ def evaluate(predict):
 """
 
 
-def test_the_model_is_evaluated_again_if_its_data_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "models" / "image"
-    shutil.copytree("tests/models/image", folder)
-    with (folder / "model.py").open("a") as file:
-        file.write(EVALUATE)
-    toml = (folder / "deploy.toml").read_text()
-    (folder / "deploy.toml").write_text(toml.replace("[precision]\n", '[precision]\nmetric = "accuracy"\n'))
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
+def test_the_model_is_evaluated_again_if_its_data_is_unknown(
+    tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy = image_with(EVALUATE, tmp_path).folder / "deploy.toml"
+    deploy.write_text(deploy.read_text().replace("[precision]\n", '[precision]\nmetric = "accuracy"\n'))
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(STAGE_KEYS, '{"fine-tune": "k"}')
+    monkeypatch.setattr(prune, "distil", lambda *_, **__: None)
     found = []
     for score in ("0.5", "0.5", "0.25"):  # modules that the first one imports are part of the key of the others
         (tmp_path / "models" / "score").write_text(score)
-        found.append(prune_source(ModelFolder("image", str(tmp_path / "models")), 0.25)["pruned"])
+        found.append(prune_source(ModelFolder("image", tmp_path / "models"), 0.25)["pruned"])
     assert found == [{"accuracy": 0.5}, {"accuracy": 0.5}, {"accuracy": 0.25}]
 
 
 def test_a_killed_fine_tuning_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
     source = ModelFolder("image", "tests/models")
+    short = dataclasses.replace(SETTINGS, checkpoint_every_s=0.0, max_epochs=2)
+    monkeypatch.setattr("deepseek.pruning.distillation.SETTINGS", short)
     whole = prune_source(source, 0.25)
     (tmp_path / "image" / "pruned.safetensors").unlink()
 
@@ -152,7 +150,6 @@ def test_a_killed_fine_tuning_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
         saved(self, accelerator)
         raise Killed
 
-    monkeypatch.setattr("deepseek.pruning.distillation.SETTINGS", dataclasses.replace(SETTINGS, checkpoint_every_s=0.0))
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(Killed):
