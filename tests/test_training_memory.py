@@ -57,8 +57,9 @@ def test_live_bytes_are_the_peak_and_not_the_sum() -> None:
 
 
 @pytest.mark.usefixtures("outside_tensors")
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
-@pytest.mark.parametrize("steps", [1, 2], ids=["one-batch", "accumulated"])
+@pytest.mark.parametrize(
+    ("checkpointing", "steps"), [(False, 1), (True, 2)], ids=["one batch", "checkpointed and accumulated"]
+)
 def test_the_batch_that_fits_equals_the_plans_and_fills_the_memory(checkpointing: bool, steps: int) -> None:
     size = TransformerSize(config=shape())
     model = Transformer(size.config)

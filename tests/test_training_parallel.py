@@ -20,9 +20,12 @@ from torch import nn
 
 from deepseek.spec import InputError
 from deepseek.training.pipeline import arguments, as_layers, cut, part
+from loadtests.load.child_process import free_ports
+from tests.conftest import run_module
 from tests.test_training import cross_entropy
 from tests.test_transformer import tiny
-from tests.training_worker import config, network, train
+from tests.training_worker import config, main_in_fork, network, train
+from tests.warm import WARM
 
 pytestmark = pytest.mark.server
 
@@ -71,10 +74,15 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
     @cache
     def run(*ways: str) -> Path:
-        folder = tmp_path_factory.mktemp(ways[0])
-        process = start(folder, *ways)
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+        folder, (port,) = tmp_path_factory.mktemp(ways[0]), free_ports(1)
+        job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+        processes = [WARM.Process(target=main_in_fork, args=(folder, ways, rank)) for rank in ranks]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0, 0]
         return folder
 
     # DTensor's caches keep the group of a sharded model
@@ -94,6 +102,20 @@ def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: Ra
 
 def test_no_thread_of_the_process_group_remains_at_the_end_of_the_interpreter(unkilled: Ranks) -> None:
     assert [rank["threads"].count("gloo") for way in ("data", "pipeline") for rank in unkilled(way)] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("code", "returned", "said"),
+    [(0, 0, ""), (2, 2, ""), (7, 1, "ended with exit code 7, and the other ranks were stopped")],
+)
+def test_the_launcher_starts_each_rank_and_ends_with_what_they_ended_with(
+    code: int, returned: int, said: str, tmp_path: Path
+) -> None:
+    program = "import os, sys; print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE']); sys.exit(int(sys.argv[1]))"
+    (tmp_path / "program.py").write_text(program)
+    run = run_module("cli", "launch-training", "--processes", "2", str(tmp_path / "program.py"), "--", str(code))
+    assert (run.returncode, said in run.stderr) == (returned, True), run.stderr
+    assert code or sorted(run.stdout.splitlines()) == ["0 of 2", "1 of 2"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def main() -> None:
         result = train(model, config(way, processes, **changes), folder / way / "checkpoints")
         done = {"weights": model.state_dict(), "result": dataclasses.asdict(result)}
         torch.save(done, folder / way / f"done-{rank}.pt")
+
+
+def main_in_fork(folder: Path, ways: Sequence[str], environment: dict[str, str]) -> None:
+    """Trains in a fork of a process that has imported torch, as one process of a job without a launcher."""
+    os.environ.update(environment)
+    sys.argv[1:] = [str(folder), ",".join(ways), "{}"]
+    main()
+    atexit._run_exitfuncs()  # at whose end these do not run
 
 
 if __name__ == "__main__":
