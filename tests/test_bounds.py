@@ -33,10 +33,12 @@ def slow_each_second(
         return generator.binomial(rate, share, (RUNS, seconds))
     begins = share / (1 - share) / burst  # a fast request is followed by a slow one
     slow, counts = generator.random(RUNS) < share, np.zeros((RUNS, seconds), int)
-    for place in range(seconds * rate):
-        drawn = generator.random(RUNS)
-        slow = np.where(slow, drawn >= 1 / burst, drawn < begins)
-        counts[:, place // rate] += slow
+    for second in range(seconds):
+        drawn = generator.random((rate, RUNS))
+        starts, remains, found = drawn < begins, drawn >= 1 / burst, np.empty((rate, RUNS), bool)
+        for place in range(rate):
+            found[place] = slow = np.where(slow, remains[place], starts[place])
+        counts[:, second] = found.sum(0)
     return counts
 
 

@@ -32,7 +32,7 @@ def hold(model: Path, slots: int, hold_s: float, times: int, spans: multiprocess
             spans.put((started, time.monotonic()))
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("slots", [1, 2])
 def test_there_are_never_more_holders_than_slots(model: Path, slots: int) -> None:
     spans = SPAWN.SimpleQueue()
     workers = [SPAWN.Process(target=hold, args=(model, slots, 0.01, 20, spans)) for _ in range(slots + 2)]
@@ -49,8 +49,8 @@ def test_there_are_never_more_holders_than_slots(model: Path, slots: int) -> Non
     assert most <= slots
 
 
-@pytest.mark.parametrize("slots", [2, 3])
-def test_as_many_as_slots_hold_one_at_once(model: Path, slots: int) -> None:
+def test_as_many_as_slots_hold_one_at_once(model: Path) -> None:
+    slots = 2
     all_hold = SPAWN.Barrier(slots)
     workers = [SPAWN.Process(target=wait_for_all, args=(model, slots, all_hold)) for _ in range(slots)]
     for worker in workers:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +28,9 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     earlier = Path("build/minilm/data")
     if earlier.is_dir():
         shutil.copytree(earlier, build / "minilm" / "data")
-    environment = {**os.environ, "DEEPSEEK_BUILD": str(build), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-m", "cli", "train", "--model", "minilm"], check=True, env=environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEEPSEEK_BUILD", str(build))
+        model.train()
     return build
 
 

@@ -208,6 +208,7 @@ def test_a_shops_log_is_trained_evaluated_and_labelled_and_beats_popularity(
     shop: Shop, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(model, "MIN_WINDOWS", 128)
+    monkeypatch.setattr(recipe, "SETTINGS", replace(recipe.SETTINGS, max_epochs=10))
     facts = model.train()
     assert facts["test"]["ndcg@10"] > 3 * facts["popularity"]["ndcg@10"]
     folder = tmp_path / "build" / "recommender"
