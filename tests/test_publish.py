@@ -36,7 +36,7 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.release.journal import ReleaseJournal
 from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
-from tests.conftest import FREE, run_module
+from tests.conftest import FREE, RunHere
 from tests.gateway import wait_for
 from tests.test_to_onnx import FIXED, tiny
 from tests.test_triton_config import with_batch
@@ -216,18 +216,18 @@ def record(repository: Path, outcome: str, kind: Any = "release", version: int =
     time.sleep(0.002)  # records differ by their milliseconds
 
 
-def test_a_version_that_a_gate_refused_is_published_only_on_request(recorded: Path) -> None:
+def test_a_version_that_a_gate_refused_is_published_only_on_request(recorded: Path, run_here: RunHere) -> None:
     record(recorded, "refused")
     record(recorded, "")  # a killed release decides nothing
     flags = ("--models", "tests/models", "--model", "image", "--precision", "fp32", "--repository", str(recorded))
-    run = run_module("cli", "publish", *flags)
+    run = run_here("publish", *flags)
     (said,) = (line for line in run.stderr.splitlines() if not line.startswith("warning"))
     assert (run.returncode, versions_of(recorded / "image")) == (2, [1])
     assert said.startswith("error: image: this build was refused as version 2, ")
     assert "make release MODEL=image MODELS=tests/models" in said
     assert said.endswith("make engine MODEL=image MODELS=tests/models ANYWAY=1 (--anyway)")
     assert publish_version(IMAGE, "fp32", "onnxruntime", recorded.parent / "other")["version"] == 1
-    assert run_module("cli", "publish", *flags, "--anyway").returncode == 0
+    assert run_here("publish", *flags, "--anyway").returncode == 0
     assert versions_of(recorded / "image") == [2, 1]
 
 
@@ -266,14 +266,16 @@ def test_published_files_are_flushed_to_disk_before_the_rename(
     assert {path.stat().st_ino for path in (model / "1", *(model / "1").iterdir(), model / "config.pbtxt")} <= synced
 
 
-def test_the_execution_provider_that_was_measured_is_the_one_that_serves(built: Path, tmp_path: Path) -> None:
+def test_the_execution_provider_that_was_measured_is_the_one_that_serves(
+    built: Path, tmp_path: Path, run_here: RunHere
+) -> None:
     shutil.copytree(built / "build" / "image", tmp_path / "build" / "image")
     choice = tmp_path / "build" / "image" / "choice-onnxruntime.json"
     measured = json.loads(choice.read_text())
     assert measured["provider"] == choose_provider("auto")
     choice.write_text(json.dumps(measured | {"provider": "cuda"}))
     flags = ("--models", "tests/models", "--model", "image", "--repository", str(tmp_path / "repository"))
-    run = run_module("cli", "publish", *flags, DEEPSEEK_BUILD=str(tmp_path / "build"))
+    run = run_here("publish", *flags, DEEPSEEK_BUILD=str(tmp_path / "build"))
     assert run.returncode == 0, run.stderr
     config = read_config(tmp_path / "repository" / "image" / "config.pbtxt")
     assert config.parameters["provider"].string_value == "cuda"  # which the stack serves with NVIDIA's image
