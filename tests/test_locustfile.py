@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -18,7 +16,6 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import pytest
-from rich.console import Console
 from tritonclient.grpc import service_pb2
 
 from deepseek.spec import DeploymentSpec, InputError
@@ -26,36 +23,15 @@ from loadtests.load import server_statistics
 from loadtests.load.background_load import BackgroundLoad, Stream
 from loadtests.load.child_process import free_ports
 from loadtests.load.inputs import read_inputs
-from loadtests.load.measure import measure
 from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, run_module
-from tests.fake_kserve import binary, grpc_serving, http_json, http_serving, triton
+from tests.conftest import FREE, RunHere, run_module, write_add_one
+from tests.fake_kserve import grpc_serving
 from tests.gateway import wait_for
 from tests.saved_runs import load_settings
 
-ROOT = Path(__file__).parent.parent
-MODEL = '''
-import time
-
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-
-class TritonPythonModel:
-    """y = x."""
-
-    def execute(self, requests):
-        inputs = [np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "x")) for request in requests]
-        time.sleep(0.002)
-        return [pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("y", x + 0)]) for x in inputs]
-'''
-CONFIG = """
-name: "tiny" backend: "python" max_batch_size: 8 dynamic_batching { } instance_group { kind: KIND_CPU }
-input { name: "x" data_type: TYPE_FP32 dims: [-1] } output { name: "y" data_type: TYPE_FP32 dims: [-1] }
-"""
 SPEC = """
 name = "{name}"
 inputs.x = {{ dtype = "float32", shape = ["batch", "length"] }}
@@ -70,13 +46,11 @@ slo = {{ p99_ms = 200, rate_rps = 40 }}
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedServer, Path]]:
     """A Triton with `tiny`, and a folder with the model's spec and inputs of several lengths."""
     folder = tmp_path_factory.mktemp("tiny")
-    version = folder / "repository" / "tiny" / "1"
-    version.mkdir(parents=True)
-    (version / "model.py").write_text(MODEL)
-    (version.parent / "config.pbtxt").write_text(CONFIG)
+    write_add_one(folder / "repository", "tiny", delay_s=0.002, instances=1)
     (folder / "models" / "tiny").mkdir(parents=True)
-    (folder / "models" / "tiny" / "deploy.toml").write_text(SPEC.format(name="tiny"))
-    rows = {f"{row:05d}/x": np.full((1, 1 + row % 8), row, np.float32) for row in range(100)}
+    spec = SPEC.format(name="tiny").replace('["batch", "length"]', '["batch", 2, "length"]')
+    (folder / "models" / "tiny" / "deploy.toml").write_text(spec)
+    rows = {f"{row:05d}/x": np.full((1, 2, 1 + row % 8), row, np.float32) for row in range(100)}
     np.savez(folder / "inputs.npz", **rows)  # type: ignore[arg-type]
     with EmbeddedServer(folder / "repository", **FREE, log_path=folder / "triton.log") as server:
         yield server, folder
@@ -99,36 +73,54 @@ def settings(
     return LoadSettings(**fixed | changes)
 
 
-def measured(wanted: LoadSettings) -> Run:
-    spec = DeploymentSpec.of_model(wanted.model, wanted.models)
-    return measure(wanted, spec, check(wanted, spec), Console(quiet=True))
-
-
-def test_an_open_loop_sends_every_planned_request_once(tiny: tuple[EmbeddedServer, Path]) -> None:
-    run = measured(settings(tiny, "http", rate_rps=40.0))
-    assert (run.window.planned, run.window.ok, run.window.failed, run.window.unsent) == (80, 80, 0, 0)
-    assert 2 <= run.window.latency("service").percentile_ms(0) <= run.window.latency("intended").percentile_ms(50)
-    statistics = run.server["statistics"]
-    assert 0 < statistics["success"]["count"] <= 120  # some of the warm-up may be in flight as the window starts
-    assert statistics["compute_infer"]["ns"] > statistics["success"]["count"] * 1_000_000 / 8
-    assert run.server["version"] == "1"
-
-
 def answered(server: EmbeddedServer) -> int:
     found = server_statistics.fetch(server.http_url, "http", "tiny") or {}
     return sum(counts["success.count"] for counts in found.values())
 
 
-def wait_for_answers(server: EmbeddedServer, count: int) -> None:
-    """Waits until the server has answered that many requests."""
-    wait_for(lambda: answered(server), lambda found: found >= count, 300)
+def wait_for_load(server: EmbeddedServer, before: int) -> None:
+    """Waits until the server, which had answered `before` requests, has answered the check and some of the load."""
+    wait_for(lambda: answered(server), lambda found: found >= before + 3, 300)
+
+
+def words(wanted: LoadSettings, *more: str) -> list[str]:
+    """The command with the options of these settings."""
+    load = ("--rate", str(wanted.rate_rps)) if wanted.rate_rps else ("--shape", str(wanted.shape))
+    arguments = ["--model", wanted.model, "--models", wanted.models, "--protocol", wanted.protocol, "--url", wanted.url]
+    arguments += ["--inputs", wanted.inputs, "--warmup-s", str(wanted.warmup_s), *load]
+    return ["loadtest", *arguments, "--duration-s", f"{wanted.duration_s:g}", *more]
+
+
+def command(wanted: LoadSettings, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cli", *words(wanted, *more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_the_command_sends_every_planned_request_once_at_each_rate_and_saves_the_run(
+    tiny: tuple[EmbeddedServer, Path], run_here: RunHere
+) -> None:
+    wanted = settings(tiny, "http", shape="20x1, 20-60x1, 60x1", arrivals="constant")
+    done = run_here(*words(wanted, "--arrivals", "constant", "--json"))
+    assert done.returncode in (0, 3), done.stderr  # 3 if this machine is too busy
+    figures = json.loads(done.stdout)
+    run = Run.load(figures["run"])
+    assert [second.planned for second in run.window.seconds] == [20, 40, 60]
+    assert (run.window.planned, run.window.ok, run.window.failed, run.window.unsent) == (120, 120, 0, 0)
+    assert 2 <= run.window.latency("service").percentile_ms(0) <= run.window.latency("intended").percentile_ms(50)
+    assert (figures["answered"], figures["latency"]["intended"]["p50_ms"] > 2) == (120, True)
+    assert "requests cannot prove p99_ms" in done.stderr
+    statistics = run.server["statistics"]
+    assert 0 < statistics["success"]["count"] <= 140  # some of the warm-up may be in flight as the window starts
+    assert statistics["compute_infer"]["ns"] > statistics["success"]["count"] * 1_000_000 / 8
+    assert run.server["version"] == "1"
 
 
 def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path]) -> None:
     wanted = settings(tiny, rate_rps=40.0, duration_s=60.0, warmup_s=0.0)
     before = answered(tiny[0])
-    with command(wanted, "--workers", "3") as process:
-        wait_for_answers(tiny[0], before + 20)
+    with command(wanted, "--workers", "2") as process:
+        wait_for_load(tiny[0], before)
         generators = psutil.Process(process.pid).children(recursive=True)
         assert len(generators) >= 3
         process.kill()
@@ -137,33 +129,8 @@ def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path]) -
     assert alive == []
 
 
-def command(wanted: LoadSettings, *more: str) -> subprocess.Popen[str]:
-    arguments = ["--model", wanted.model, "--models", wanted.models, "--protocol", wanted.protocol, "--url", wanted.url]
-    arguments += ["--inputs", wanted.inputs, "--warmup-s", str(wanted.warmup_s)]
-    arguments += ["--duration-s", f"{wanted.duration_s:g}", "--rate", str(wanted.rate_rps), *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "cli", "loadtest", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "DEEPSEEK_BUILD": str(Path(os.environ["DEEPSEEK_BUILD"]).resolve())},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_the_command_prints_the_figures_and_saves_the_run(tiny: tuple[EmbeddedServer, Path]) -> None:
-    with command(settings(tiny, rate_rps=40.0), "--json") as process:
-        output, errors = process.communicate(timeout=120)
-    figures = json.loads(output)
-    assert process.returncode in (0, 3), errors  # 3 if this machine is too busy
-    assert figures["answered"] == Run.load(figures["run"]).window.ok == 80
-    assert figures["latency"]["intended"]["p50_ms"] > 2
-    assert "80 requests cannot prove p99_ms, 2392 can" in errors
-
-
-@pytest.mark.parametrize("protocol", ["http", "grpc"])
 def test_an_answer_unlike_the_models_signature_counts_as_failed(
-    tiny: tuple[EmbeddedServer, Path], tmp_path: Path, protocol: Literal["grpc", "http"]
+    tiny: tuple[EmbeddedServer, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "deploy.toml").write_text(SPEC.format(name="m"))
@@ -171,64 +138,33 @@ def test_an_answer_unlike_the_models_signature_counts_as_failed(
     load: dict[str, Any] = {"model": "m", "models": str(tmp_path), "inputs": str(tmp_path / "rows.npz")}
     load |= {"rate_rps": 20.0, "duration_s": 0.5, "warmup_s": 0.0}
     wrong = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=[3])
-    over_grpc = service_pb2.ModelInferResponse(outputs=[wrong], raw_output_contents=[bytes(12)]).SerializeToString()
-    over_http = http_json({"outputs": [binary(shape=[3])]}, bytes(12))
-    fakes = {"http": http_serving(triton(lambda: over_http)), "grpc": grpc_serving(lambda _: over_grpc)}
-    with fakes[protocol] as url:
-        stream = Stream(name="fake", settings=settings(tiny, protocol, url=url, **load))
+    answer = service_pb2.ModelInferResponse(outputs=[wrong], raw_output_contents=[bytes(12)]).SerializeToString()
+    with grpc_serving(lambda _: answer) as url:
+        stream = Stream(name="fake", settings=settings(tiny, url=url, **load))
         with BackgroundLoad([stream]) as sending:
             log = sending.wait()["fake"]
     assert (len(log), log.errors) == (10, {"ServerError": 10})
     assert "answered 'y' as float32 [3]; expected y (FP32 [-1, 3])" in log.messages[0]
 
 
-def test_a_run_of_several_rates_is_judged_at_each(tiny: tuple[EmbeddedServer, Path]) -> None:
-    run = measured(settings(tiny, shape="20x2, 20-60x1, 60x2", duration_s=5.0, arrivals="constant"))
-    assert [second.planned for second in run.window.seconds] == [20, 20, 40, 60, 60]
-    assert run.window.ok == 200
-    twenty, sixty = run.at_rate(20), run.at_rate(60)
-    assert twenty is not None
-    assert sixty is not None
-    assert (twenty.planned, sixty.planned, run.at_rate(40)) == (40, 120, None)
-
-
-WALL_CLOCK = """
-import os, time
-starter, wall = os.getpid(), time.time
-time.time = lambda: wall() + 30 * (os.getpid() != starter)
-"""  # Locust itself ends a worker at a jump of a minute
-
-
-def test_workers_send_one_schedule_together_even_if_the_wall_clock_jumps(
-    tiny: tuple[EmbeddedServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_on_another_machine_sends_the_load_of_its_master(
+    tiny: tuple[EmbeddedServer, Path], run_here: RunHere
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(WALL_CLOCK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run = measured(settings(tiny, rate_rps=60.0, workers=2))
-    assert run.window.ok == run.window.planned == 120
-    assert run.seconds[0].second == -1  # the warm-up
-    assert run.generator["workers_lost"] == 0
-    assert 0 < run.server["statistics"]["inference_count"] <= 180  # read at the window's ends, with requests in flight
-
-
-def test_workers_on_other_machines_send_one_schedule_together(tiny: tuple[EmbeddedServer, Path]) -> None:
-    wanted, remote = settings(tiny, rate_rps=60.0), ("--remote-workers", "2", "--json")
-    with command(wanted, *remote) as master, contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(command(wanted, *remote, "--worker-of", "127.0.0.1")) for _ in range(2)]
+    wanted, remote = settings(tiny, rate_rps=60.0, duration_s=1.0), ("--remote-workers", "1", "--json")
+    with command(wanted, *remote) as master:
+        worker = run_here(*words(wanted, *remote, "--worker-of", "127.0.0.1"))
         output, errors = master.communicate(timeout=240)
-        for worker in workers:
-            assert worker.communicate(timeout=120)[0] == ""
-    assert [worker.returncode for worker in workers] == [0, 0]
+    assert (worker.returncode, worker.stdout) == (0, ""), worker.stderr
     run = Run.load(json.loads(output)["run"])
     assert master.returncode in (0, 3), errors
-    assert run.window.ok == run.window.planned == 120
-    assert run.settings.workers == 2
+    assert run.window.ok == run.window.planned == 60
+    assert run.settings.workers == 1
 
 
 def test_the_share_of_a_lost_worker_counts_as_missing(tiny: tuple[EmbeddedServer, Path]) -> None:
     before = answered(tiny[0])
     with command(settings(tiny, rate_rps=40.0, duration_s=3.0), "--workers", "2", "--timeout-s", "1") as process:
-        wait_for_answers(tiny[0], before + 20)
+        wait_for_load(tiny[0], before)
         locust = psutil.Process(process.pid).children()[0]
         locust.children()[0].kill()
         _, errors = process.communicate(timeout=120)
@@ -239,7 +175,9 @@ def test_the_share_of_a_lost_worker_counts_as_missing(tiny: tuple[EmbeddedServer
 
 def test_locusts_page_shows_the_run_and_stays_open_until_ctrl_c(tiny: tuple[EmbeddedServer, Path]) -> None:
     port = free_ports(1)[0]
-    with command(settings(tiny, rate_rps=40.0, warmup_s=0.0), "--web", "--web-port", str(port), "--json") as process:
+    with command(
+        settings(tiny, rate_rps=40.0, warmup_s=0.0, duration_s=1.0), "--web", "--web-port", str(port), "--json"
+    ) as process:
         assert process.stdout is not None
         lines = [""]
         while lines[-1] != "}\n":
@@ -252,29 +190,28 @@ def test_locusts_page_shows_the_run_and_stays_open_until_ctrl_c(tiny: tuple[Embe
             assert b"<title>Locust</title>" in answer.read()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    assert figures["answered"] == shown["tiny"]["num_requests"] == 80
+    assert figures["answered"] == shown["tiny"]["num_requests"] == 40
     assert process.returncode in (0, 3)
 
 
-def test_an_unusable_port_for_the_page_is_reported_before_any_load(tiny: tuple[EmbeddedServer, Path]) -> None:
+def test_an_unusable_port_for_the_page_is_reported_before_any_load(
+    tiny: tuple[EmbeddedServer, Path], run_here: RunHere
+) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         asked = taken.getsockname()[1]
-        with command(settings(tiny, rate_rps=40.0), "--web", "--web-port", str(asked)) as process:
-            _, errors = process.communicate(timeout=60)
-    assert (process.returncode, len(errors.splitlines())) == (2, 1)
-    assert f"--web-port {asked}: " in errors
+        done = run_here(*words(settings(tiny, rate_rps=40.0), "--web", "--web-port", str(asked)))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--web-port {asked}: " in done.stderr
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_run_ends_and_leaves_nothing(
-    tiny: tuple[EmbeddedServer, Path], build: Path, signum: int
-) -> None:
+def test_an_interrupted_run_ends_and_leaves_nothing(tiny: tuple[EmbeddedServer, Path], build: Path) -> None:
+    """By SIGTERM, which is handled as Ctrl-C."""
     before = answered(tiny[0])
     with command(settings(tiny, rate_rps=40.0, duration_s=600.0)) as process:
-        wait_for_answers(tiny[0], before + 20)
-        process.send_signal(signum)
+        wait_for_load(tiny[0], before)
+        process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "error: interrupted"
@@ -284,7 +221,7 @@ def test_an_interrupted_run_ends_and_leaves_nothing(
 def test_a_disk_that_fills_during_a_run_ends_it_in_one_line(tiny: tuple[EmbeddedServer, Path], build: Path) -> None:
     before = answered(tiny[0])
     with command(settings(tiny, rate_rps=40.0, duration_s=600.0), "--timeout-s", "1") as process:
-        wait_for_answers(tiny[0], before + 20)
+        wait_for_load(tiny[0], before)
         (rows,) = (build / "tiny" / "loadtests").glob(".scratch-*/run/tiny.seconds.jsonl")
         full = rows.with_name("full")
         full.symlink_to("/dev/full")
@@ -320,31 +257,44 @@ def test_bad_input_gives_a_one_line_error_before_any_load(
 SAVED = asdict(load_settings(rate_rps=5.0))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "No such file or directory; give a JSON file"),
-        ("{", "Invalid JSON"),
-        ('{"model": "a", "rat": 1}', "see loadtests/results/settings.py"),
-        (json.dumps({**SAVED, "duration_s": -1.0}), "duration_s: Input should be greater than 0"),
-        (json.dumps({**SAVED, "warmup_s": -1.0}), "warmup_s: Input should be greater than or equal to 0"),
-        (json.dumps({**SAVED, "rate_rps": None, "shape": "fast"}), "--shape 'fast': seen 'fast'"),
-        (json.dumps({**SAVED, "rate_rps": None, "shape": "0.01x9"}), "--shape 0.01x9 plans 0.09 requests"),
-    ],
-)
-def test_wrong_settings_of_locust_alone_are_one_line(tmp_path: Path, content: str | None, message: str) -> None:
-    path = tmp_path / "settings.json"
-    if content is not None:
-        path.write_text(content)
-    run = run_module("locust", "--locustfile", "loadtests/locustfile.py", "--headless", "--settings", str(path))
+WRONG = {
+    "{": "Invalid JSON",
+    '{"model": "a", "rat": 1}': "see loadtests/results/settings.py",
+    json.dumps({**SAVED, "duration_s": -1.0}): "duration_s: Input should be greater than 0",
+    json.dumps({**SAVED, "warmup_s": -1.0}): "warmup_s: Input should be greater than or equal to 0",
+    json.dumps({**SAVED, "rate_rps": None, "shape": "fast"}): "--shape 'fast': seen 'fast'",
+    json.dumps({**SAVED, "rate_rps": None, "shape": "0.01x9"}): "--shape 0.01x9 plans 0.09 requests",
+}
+READ = """
+import sys
+from pathlib import Path
+from loadtests.locustfile import InputError, read_settings
+
+for name in sys.argv[1:]:
+    try:
+        read_settings(Path(name))
+    except InputError as error:
+        print(error)
+"""  # in a child process, since Locust patches the process that imports it
+
+
+def test_wrong_settings_of_locust_alone_are_one_line(tmp_path: Path) -> None:
+    for number, content in enumerate(WRONG):
+        (tmp_path / f"{number}").write_text(content)
+    files = [str(tmp_path / f"{number}") for number in range(len(WRONG))]
+    read = subprocess.run([sys.executable, "-c", READ, *files], capture_output=True, text=True)
+    for line, message in zip(read.stdout.splitlines(), WRONG.values(), strict=True):
+        assert message in line
+    absent = ("--settings", str(tmp_path / "absent"))
+    run = run_module("locust", "--locustfile", "loadtests/locustfile.py", "--headless", *absent)
     (line,) = (line for line in run.stderr.splitlines() if "INFO" not in line)
     assert (run.returncode, line.startswith("error: --s")) == (2, True)
-    assert message in line
+    assert "No such file or directory; give a JSON file" in line
 
 
 def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:
     wanted = settings(tiny, rate_rps=40.0, inputs=str(tmp_path / "other.npz"))
-    spec, row = DeploymentSpec.of_model("tiny", wanted.models), np.ones((1, 4))
+    spec, row = DeploymentSpec.of_model("tiny", wanted.models), np.ones((1, 2, 4))
     for wrong, says in ({"00000/z": row}, r"contains z, deploy\.toml has x"), ({"00000/x": row}, "float64"):
         np.savez(tmp_path / "other.npz", **wrong)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=says):
