@@ -18,7 +18,7 @@ from loadtests.regression.comparison import CAPACITY, Comparison, RowJudge, Thre
 from loadtests.regression.held_rates import HeldRates
 from loadtests.regression.regression import as_json, main, markdown
 from loadtests.results.run import Run
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.saved_runs import Request, saved_run, steady
 from tests.sleeper import SPEC, write_sleeper
 
@@ -74,7 +74,24 @@ def test_an_interval_that_touches_the_threshold(low: float, high: float, verdict
     assert found.verdict == verdict
 
 
-def at_rates(folder: Path, over: dict[int, float], *, lag_s: float = 0.0) -> list[Run]:
+AtRates = Callable[..., list[Run]]
+
+
+@pytest.fixture(scope="module")
+def at_rates(tmp_path_factory: pytest.TempPathFactory) -> AtRates:
+    """`runs_at_rates`, made once for the tests that ask for the same runs."""
+    made: dict[str, list[Run]] = {}
+
+    def runs_of(over: dict[int, float], lag_s: float = 0.0) -> list[Run]:
+        name = f"{over} {lag_s}"
+        if name not in made:
+            made[name] = runs_at_rates(tmp_path_factory.mktemp("at_rates"), over, lag_s)
+        return made[name]
+
+    return runs_of
+
+
+def runs_at_rates(folder: Path, over: dict[int, float], lag_s: float) -> list[Run]:
     """Eight runs at 20/s and then 15 s at each of the rates, where this share of requests takes 80 ms, not 10."""
     found = []
     for place in range(8):
@@ -110,22 +127,22 @@ def at_rates(folder: Path, over: dict[int, float], *, lag_s: float = 0.0) -> lis
     ],
 )
 def test_the_candidate_must_hold_every_rate_that_the_baseline_holds_with_confidence(
-    tmp_path: Path,
+    at_rates: AtRates,
     baseline: dict[int, float],
     candidate: dict[int, float],
     verdict: str,
     figures: tuple[float | None, float | None],
     note: str,
 ) -> None:
-    found = compare(at_rates(tmp_path / "a", baseline), at_rates(tmp_path / "b", candidate), SLO, Thresholds())
+    found = compare(at_rates(baseline), at_rates(candidate), SLO, Thresholds())
     row = found.rows[2]
     assert (row.name, row.verdict, row.note[: len(note) or None]) == (CAPACITY, verdict, note)
     data = as_json(found, VERSIONS, {})["rows"][2]
     assert (data["baseline"], data["candidate"]) == figures
 
 
-def test_the_rates_share_the_error_that_is_allowed(tmp_path: Path) -> None:
-    fast = at_rates(tmp_path, {50: 0})
+def test_the_rates_share_the_error_that_is_allowed(at_rates: AtRates) -> None:
+    fast = at_rates({50: 0})
     one, three = (HeldRates.of(fast, (50,), SLO, looks).at[50].objectives[0] for looks in (1, 3))
     assert one.high < three.high
 
@@ -138,25 +155,24 @@ def test_a_side_that_alone_makes_the_generator_late_is_a_finding(by_side: tuple[
     assert (found.starves, found.verdict) == (side, "inconclusive" if side else "no worse")
 
 
-def test_one_slow_answer_over_a_maximum_does_not_make_a_candidate_worse(tmp_path: Path) -> None:
-    both = at_rates(tmp_path / "a", {50: 0}), at_rates(tmp_path / "b", {50: 0.001})
+def test_one_slow_answer_over_a_maximum_does_not_make_a_candidate_worse(at_rates: AtRates) -> None:
+    both = at_rates({50: 0}), at_rates({50: 0.001})
     with_maximum = SLO.model_copy(update={"objectives": ("max_ms < 50",)})
     found, without = (compare(*both, slo, Thresholds()).rows[2] for slo in (with_maximum, SLO))
     assert str(found) == str(without)  # nan in both
 
 
-def test_the_generators_limit_is_no_verdict_on_a_version(tmp_path: Path) -> None:
-    late = at_rates(tmp_path, {50: 0}, lag_s=0.03)
+def test_the_generators_limit_is_no_verdict_on_a_version(at_rates: AtRates) -> None:
+    late = at_rates({50: 0}, lag_s=0.03)
     row = compare(late, late, SLO, Thresholds()).rows[2]
     assert row.verdict == "inconclusive"
     assert row.note.startswith("the baseline is not proved: at 50/s the generator sent late")
 
 
 @pytest.mark.parametrize(("bound_rps", "verdict"), [(50, "worse"), (40, "worse"), (20, "no worse")])
-def test_an_objective_that_is_bound_to_a_rate_is_judged_there(tmp_path: Path, bound_rps: int, verdict: str) -> None:
+def test_an_objective_that_is_bound_to_a_rate_is_judged_there(at_rates: AtRates, bound_rps: int, verdict: str) -> None:
     slo = SloSpec(p99_ms=100, objectives=(f"p95_ms < 50 @ {bound_rps} rps",))
-    candidate = at_rates(tmp_path / "b", {40: 0.1, 50: 0.1})
-    row = compare(at_rates(tmp_path / "a", {40: 0, 50: 0}), candidate, slo, Thresholds()).rows[2]
+    row = compare(at_rates({40: 0, 50: 0}), at_rates({40: 0.1, 50: 0.1}), slo, Thresholds()).rows[2]
     assert (row.verdict, row.baseline) == (verdict, 50)
 
 
@@ -344,20 +360,20 @@ def test_two_repositories_are_measured_in_turn(
 
 
 @pytest.mark.parametrize(
-    ("base", "new", "code", "verdict", "reason"),
+    ("base", "new", "code", "said"),
     [
-        ("fast", "broken", 1, "worse", "no weights here"),
-        ("fast", "deadly", 1, "worse", "died under load"),
-        ("deadly", "fast", 3, "inconclusive", "died under load"),
+        ("fast", "deadly", 1, ("NEW=", "worse", "died under load")),
+        ("broken", "fast", 3, ("BASE=", "inconclusive", "no weights here")),
     ],
 )
-def test_a_candidate_that_does_not_load_or_dies_is_worse_and_without_a_baseline_nothing_is_measured(
-    repositories: Path, tmp_path: Path, base: str, new: str, code: int, verdict: str, reason: str
+def test_a_candidate_that_dies_is_worse_and_without_a_baseline_nothing_is_measured(
+    repositories: Path, tmp_path: Path, run_here: RunHere, base: str, new: str, code: int, said: tuple[str, str, str]
 ) -> None:
-    flags = options(repositories, base, new, "--timeout-s", "2")
-    run = run_module("cli", "regression", *flags, DEEPSEEK_BUILD=str(tmp_path))
+    words = options(repositories, base, new, "--timeout-s", "2")
+    run = run_here("regression", *words, DEEPSEEK_BUILD=str(tmp_path))
+    side, verdict, reason = said
     assert run.returncode == code, run.stderr
-    assert run.stderr.splitlines()[-1].startswith("error: NEW=" if code == 1 else "error: BASE=")
+    assert run.stderr.splitlines()[-1].startswith(f"error: {side}")
     text, data = left(tmp_path)
     assert data["verdict"] == verdict
     assert reason in data["reason"] in text
