@@ -18,7 +18,7 @@ from tests.bench.failure.killed import server_killed
 from tests.bench.failure.malformed import Tally, malformed_requests
 from tests.bench.failure.mutations import MUTATIONS, Mutation, valid
 from tests.bench.failure.setting import Model, Service, Setting
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.gateway import Gateway, free_port, skip_without_nginx
 
 ROW = {"input_ids": np.arange(9).reshape(1, 9), "attention_mask": np.ones((1, 9), np.int64)}
@@ -170,15 +170,6 @@ def test_an_answer_is_right_if_it_is_a_client_error(status: str, may_pass: bool,
     assert (not tally.wrong) == right
 
 
-def test_a_load_sends_its_whole_shape(setting: Setting) -> None:
-    assert setting.shared is not None
-    right = setting.stream(setting.shared, "http", "30x2", setting.other)
-    with setting.load(setting.shared, [right]) as load:
-        answers = load.wait()[right.name]
-    assert len(answers) == len(answers.answered) == 60
-    assert answers.latency_ms(50) > 0
-
-
 def test_latencies_count_from_the_planned_time() -> None:
     log = RequestLog([SentRequest(0.0, 0.5, 1.0, None), SentRequest(1.0, 1.0, 1.1, "ServerBusy: full")])
     assert log.answered.latency_ms(99) == 1000
@@ -187,8 +178,8 @@ def test_latencies_count_from_the_planned_time() -> None:
     assert (log.errors, log.messages) == ({"ServerBusy": 1}, ["ServerBusy: full"])
 
 
-def test_a_model_that_is_not_built_is_one_line(tmp_path: Path) -> None:
+def test_a_model_that_is_not_built_is_one_line(tmp_path: Path, run_here: RunHere) -> None:
     skip_without_nginx()
-    run = run_module("cli", "measure-failure", "--only", "soak", DEEPSEEK_BUILD=str(tmp_path))
+    run = run_here("measure-failure", "--only", "soak", DEEPSEEK_BUILD=str(tmp_path))
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "make engine MODEL=" in run.stderr

@@ -21,7 +21,7 @@ from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.tune_result import Compared, ExpectedSettings, TuneResult
 from tests.browser import Browser, needs_chromium
 from tests.computed_server import trial
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.saved_runs import Request, saved_run, steady
 
 SLO = SloSpec(p99_ms=50, rate_rps=100)
@@ -87,8 +87,10 @@ def test_the_verdict_comes_first_and_the_servers_time_is_split(tmp_path: Path) -
     assert "1 (25%), 4 (75%)" in text
 
 
-def mixed(folder: Path, second_ms: float = 60) -> list[Part]:
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Part]:
     """A mix of two models with short and long inputs; the second model takes 80 ms."""
+    folder = tmp_path_factory.mktemp("mix")
     server = {"version": "3", "statistics": STATISTICS}
     shared: dict[str, Any] = {"mix": "shop:3,text:1", "server": server, "duration_s": 70.0}
     shop = saved_run(folder / "shop" / "1", steady(0.01, 7000, seconds=70), model="shop", rate_rps=75.0, **shared)
@@ -96,7 +98,7 @@ def mixed(folder: Path, second_ms: float = 60) -> list[Part]:
         folder / "text" / "1", steady(0.08, 3500, seconds=70), model="text", rate_rps=50.0, seed=1, **shared
     )
     text = replace(text, lengths={"sequence 16": shop.window, "sequence 128": text.window})
-    return [(shop, SloSpec(p99_ms=50, rate_rps=75)), (text, SloSpec(p99_ms=second_ms, rate_rps=50))]
+    return [(shop, SloSpec(p99_ms=50, rate_rps=75)), (text, SloSpec(p99_ms=60, rate_rps=50))]
 
 
 def test_requests_without_an_answer_are_shaded_also_if_all_failed(tmp_path: Path) -> None:
@@ -105,13 +107,13 @@ def test_requests_without_an_answer_are_shaded_also_if_all_failed(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def pages(tmp_path_factory: pytest.TempPathFactory, parts: list[Part]) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pages")
     run, other = saved_run(folder / "one", FAILING), saved_run(folder / "two", steady(0.02), seed=1)
     return {
         "run": page([run], SLO, CAPACITY, TUNING),
         "runs": page([run, other], SLO),
-        "mix": mix_page(mixed(folder)),
+        "mix": mix_page(parts),
         "capacity": capacity_page(CAPACITY),
         "tuning": tuning_page(TUNING),
     }
@@ -161,14 +163,15 @@ def test_several_runs_are_overlaid(tmp_path: Path) -> None:
     assert html.count('class="line runA"') == html.count('class="line runB"') == 3
 
 
-def test_a_mix_is_judged_as_a_whole_and_part_by_part(tmp_path: Path, pages: dict[str, str]) -> None:
+def test_a_mix_is_judged_as_a_whole_and_part_by_part(parts: list[Part], pages: dict[str, str]) -> None:
+    shop, (text, _) = parts
     for html, whole, part in (
-        (mix_page(mixed(tmp_path, 90)), "✓ The mix holds every SLO", "text ✓"),
+        (mix_page([shop, (text, SloSpec(p99_ms=90, rate_rps=50))]), "✓ The mix holds every SLO", "text ✓"),
         (pages["mix"], "✕ The mix violates an SLO", "text ✕"),
     ):
-        text = text_of(html.partition("<body>")[2])
-        assert text.startswith(f"{whole} shop:3, text:1 over grpc, 125 requests/s in all")
-        assert text.index("shop ✓ SLO holds") < text.index("at most 50.0 ms") < text.index(part)
+        shown = text_of(html.partition("<body>")[2])
+        assert shown.startswith(f"{whole} shop:3, text:1 over grpc, 125 requests/s in all")
+        assert shown.index("shop ✓ SLO holds") < shown.index("at most 50.0 ms") < shown.index(part)
 
 
 def test_each_part_of_a_mix_has_its_own_curve_and_limit(pages: dict[str, str]) -> None:
@@ -180,8 +183,8 @@ def test_each_part_of_a_mix_has_its_own_curve_and_limit(pages: dict[str, str]) -
     assert "p99, shop 10.1 ms, text 80.1 ms" in html
 
 
-def test_latency_is_shown_by_input_length(tmp_path: Path) -> None:
-    text, slo = mixed(tmp_path)[1]
+def test_latency_is_shown_by_input_length(parts: list[Part]) -> None:
+    text, slo = parts[1]
     told = text_of(page([text], slo)).partition("By input length")[2]
     assert (
         "sequence 16 7,000 10.1 ms 10.1 ms 10.1 ms 10.1 ms sequence 128 3,500 80.1 ms 80.1 ms 80.1 ms 80.1 ms " in told
@@ -256,18 +259,18 @@ def test_the_chart_of_a_search_for_settings_shows_default_and_best() -> None:
     assert "star holds" not in none.partition("</style>")[2]
 
 
-def test_the_command_draws_several_runs_with_capacity_or_a_mix(tmp_path: Path) -> None:
+def test_the_command_draws_several_runs_with_capacity_or_a_mix(tmp_path: Path, run_here: RunHere) -> None:
     build = tmp_path / "recommender"
     runs = [saved_run(build / "loadtests" / name, steady(), model="recommender").folder for name in ("1", "2")]
     CAPACITY.save(build / "capacity.json")
     flags = [flag for run in runs for flag in ("--run", str(run))]
-    drawn = run_module("cli", "report", *flags, DEEPSEEK_BUILD=str(tmp_path))
+    drawn = run_here("report", *flags, DEEPSEEK_BUILD=str(tmp_path))
     assert drawn.stdout.strip() == str(runs[1] / "report-2-runs.html"), drawn.stderr
-    latest = run_module("cli", "report", DEEPSEEK_BUILD=str(tmp_path)).stdout.strip()
+    latest = run_here("report", DEEPSEEK_BUILD=str(tmp_path)).stdout.strip()
     assert "Capacity 200/s" in text_of(Path(latest).read_text())
     for model in ("recommender", "minilm"):
         saved_run(tmp_path / model / "loadtests" / "3", steady(), model=model, mix="recommender:3,minilm:1")
-    drawn = run_module("cli", "report", "--mix", "recommender:3, minilm:1", DEEPSEEK_BUILD=str(tmp_path))
+    drawn = run_here("report", "--mix", "recommender:3, minilm:1", DEEPSEEK_BUILD=str(tmp_path))
     path = build / "loadtests" / "3" / "report-mix.html"
     assert drawn.stdout.strip() == str(path), drawn.stderr
     assert "recommender:3,minilm:1: inconclusive" in text_of(path.read_text())  # 10 s decide no p99
@@ -282,8 +285,8 @@ def test_the_command_draws_several_runs_with_capacity_or_a_mix(tmp_path: Path) -
         ([], "make loadtest"),
     ],
 )
-def test_missing_input_gives_a_one_line_error(tmp_path: Path, flags: list[str], reason: str) -> None:
-    run = run_module("cli", "report", *flags, DEEPSEEK_BUILD=str(tmp_path))
+def test_missing_input_gives_a_one_line_error(tmp_path: Path, run_here: RunHere, flags: list[str], reason: str) -> None:
+    run = run_here("report", *flags, DEEPSEEK_BUILD=str(tmp_path))
     assert (run.returncode, reason in run.stderr, "Traceback" in run.stderr) == (2, True, False), run.stderr
 
 

@@ -13,7 +13,7 @@ from deepseek_client import InferenceClient
 from loadtests.load.server_statistics import difference, fetch
 from loadtests.slo.time_split import TimeSplit
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.saved_runs import saved_run, steady
 from tests.test_report import STATISTICS
 
@@ -58,23 +58,21 @@ def test_unknown_times_are_not_split(statistics: dict[str, Any], service_ms: flo
     assert TimeSplit.of(statistics, service_ms=service_ms) is None
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_a_real_servers_delay_lies_in_the_model(server: EmbeddedServer, protocol: Any) -> None:
-    url = server.grpc_url if protocol == "grpc" else server.http_url
-    before = fetch(url, protocol, "slow")
+def test_a_real_servers_delay_lies_in_the_model(server: EmbeddedServer) -> None:
+    before = fetch(server.grpc_url, "grpc", "slow")
     with InferenceClient(server.grpc_url) as client:
         for _ in range(2):
             client.infer("slow", {"x": np.ones((1, 2, 1), np.float32)})
-    split = split_of(difference(before, fetch(url, protocol, "slow")), service_ms=300.0)
+    split = split_of(difference(before, fetch(server.grpc_url, "grpc", "slow")), service_ms=300.0)
     assert split.parts["compute_infer"] >= 200
     assert split.total >= sum(split.parts.values())
 
 
-def test_the_verdict_says_where_the_time_goes(tmp_path: Path) -> None:
+def test_the_verdict_says_where_the_time_goes(tmp_path: Path, run_here: RunHere) -> None:
     server = {"version": "3", "statistics": STATISTICS}
     saved_run(tmp_path, steady(0.06), server=server, model="recommender", url="127.0.0.1:8001")
-    arguments = ("cli", "verdict", "--run", str(tmp_path))
-    told = " ".join(run_module(*arguments).stdout.split())
+    arguments = ("verdict", "--run", str(tmp_path))
+    told = " ".join(run_here(*arguments).stdout.split())
     assert "A mean request took 60.0 ms: 6.50 ms in the model" in told
-    found = json.loads(run_module(*arguments, "--json").stdout)["where_time_goes_ms"]
+    found = json.loads(run_here(*arguments, "--json").stdout)["where_time_goes_ms"]
     assert found["outside"] == pytest.approx(51.0, rel=2e-3)

@@ -20,7 +20,7 @@ from loadtests.load.until_decided import measure_until_decided, planned_looks
 from loadtests.results.run import Run, latest_run
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.judge import judge
-from tests.conftest import run_module
+from tests.conftest import RunHere
 from tests.fake_endpoint import FakeEndpoint
 from tests.saved_runs import saved_run, steady
 from tests.test_locustfile import SPEC
@@ -107,12 +107,14 @@ def test_a_shape_is_repeated_as_a_whole(load: ModelLoad) -> None:
 
 
 @pytest.mark.server
-def test_the_command_measures_an_endpoint_in_parts_and_saves_one_run(load: ModelLoad, tmp_path: Path) -> None:
+def test_the_command_measures_an_endpoint_in_parts_and_saves_one_run(
+    load: ModelLoad, tmp_path: Path, run_here: RunHere
+) -> None:
     np.savez(tmp_path / "inputs.npz", **{f"{row:05d}/x": np.zeros((1, 2), np.float32) for row in range(4)})  # type: ignore[arg-type]
     with FakeEndpoint() as endpoint:
         where = ("--models", str(tmp_path / "models"), "--model", "tiny", "--inputs", str(tmp_path / "inputs.npz"))
         length = ("--rate", "40", "--duration-s", "1", "--warmup-s", "0", "--until-decided", "--max-s", "2")
-        made = run_module("cli", "loadtest", *where, *length, "--url", endpoint.grpc_url, "--json")
+        made = run_here("loadtest", *where, *length, "--url", endpoint.grpc_url, "--json")
     assert made.returncode in (0, 3), made.stderr  # 3 if this machine is too busy
     run = Run.load(json.loads(made.stdout)["run"])
     assert "looks after 1, 2 s" in made.stderr
