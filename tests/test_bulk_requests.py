@@ -11,11 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx.parser
 import psutil
 import pytest
 from deepseek_client import BULK, InferenceClient
-from onnx import TensorProto, helper
 
 from serving.backend import bulk_requests
 from serving.backend.bulk_requests import BulkRequests, Copy
@@ -134,60 +133,51 @@ def test_a_request_that_waits_longer_than_the_queue_or_its_caller_allows_is_refu
     assert running.refused == ({"second": "a bulk request waited too long"} if refused else {})
 
 
+SLOW = """
+<ir_version: 8, opset_import: ["" : 17]>
+slow (float[batch, 2, columns] x) => (float[batch, 2, columns] y) {
+  largest = ReduceMax <keepdims = 0> (x)
+  rounds = Cast <to = 7> (largest)
+  shape = Constant <value_ints = [128, 128]> ()
+  zeros = ConstantOfShape (shape)
+  worked = Loop <body = round (int64 number, bool go, float[128, 128] state) => (bool go_on, float[128, 128] next) {
+    go_on = Identity (go)
+    next = MatMul (state, state)
+  }> (rounds, "", zeros)
+  nothing = ReduceSum <keepdims = 0> (worked)
+  y = Add (x, nothing)
+}
+"""
+
+
 def write_slow(repository: Path) -> None:
     """y = x, after as many rounds of work as the largest x says; one instance."""
     write_fragile(repository, "slow")
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["go"], ["go_on"]),
-            helper.make_node("MatMul", ["state", "state"], ["next"]),
-        ],
-        "round",
-        [
-            helper.make_tensor_value_info("round", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("state", TensorProto.FLOAT, [128, 128]),
-        ],
-        [
-            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, [128, 128]),
-        ],
-    )
-    nodes = [
-        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
-        helper.make_node("Cast", ["largest"], ["rounds"], to=TensorProto.INT64),
-        helper.make_node("Loop", ["rounds", "", "zeros"], ["worked"], body=body),
-        helper.make_node("ReduceSum", ["worked"], ["nothing"], keepdims=0),
-        helper.make_node("Add", ["x", "nothing"], ["y"]),
-    ]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2, "columns"]) for name in "xy")
-    zeros = helper.make_tensor("zeros", TensorProto.FLOAT, [128, 128], [0.0] * 128**2)
-    graph = helper.make_graph(nodes, "slow", [x], [y], [zeros])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, repository / "slow" / "1" / "model.onnx")
+    onnx.save(onnx.parser.parse_model(SLOW), repository / "slow" / "1" / "model.onnx")
     path = repository / "slow" / "config.pbtxt"
     path.write_text(path.read_text().replace("count: 2", "count: 1"))
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_an_online_request_does_not_wait_for_a_bulk_one_that_runs(tmp_path: Path, protocol: Any) -> None:
+def test_an_online_request_does_not_wait_for_a_bulk_one_that_runs(tmp_path: Path) -> None:
     write_slow(tmp_path)
     with (
         EmbeddedServer(tmp_path, **FREE, log_path=tmp_path / "log") as server,
-        InferenceClient(getattr(server, f"{protocol}_url"), protocol, timeout_s=300, retries=0) as client,
+        InferenceClient(server.grpc_url, timeout_s=300, retries=0) as over_grpc,
+        InferenceClient(server.http_url, "http", timeout_s=300, retries=0) as over_http,
         ThreadPoolExecutor(8) as pool,
     ):
 
-        def send(rounds: int, **options: Any) -> float:
+        def send(client: InferenceClient, rounds: int, **options: Any) -> float:
             return float(client.infer("slow", {"x": np.full((1, 2, 3), rounds, np.float32)}, **options)["y"][0, 0, 0])
 
         def busy_s() -> float:
             return sum(sum(each.cpu_times()[:2]) for each in psutil.Process(server.pid).children(recursive=True))
 
-        send(1)
+        clients = (over_grpc, over_http)
+        send(over_grpc, 1)
         before_s = busy_s()
-        bulk = [pool.submit(send, 20_000 + number, parameters=BULK) for number in range(2)]
+        bulk = [pool.submit(send, client, 20_000, parameters=BULK) for client in clients]
         wait_for(lambda: busy_s() > before_s + 0.2)
-        assert [send(number) for number in range(3)] == [0, 1, 2]
+        assert [send(client, number) for number in range(3) for client in clients] == [0, 0, 1, 1, 2, 2]
         assert not any(call.done() for call in bulk)
-        assert [call.result() for call in bulk] == [20_000, 20_001]
+        assert [call.result() for call in bulk] == [20_000] * 2
