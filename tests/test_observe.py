@@ -28,7 +28,7 @@ from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import ServedModel, served_models
 from serving.stack.gateway_limits import limits
-from tests.conftest import FREE, run_module, write_add_one
+from tests.conftest import FREE, RunHere, write_add_one
 from tests.gateway import Gateway, free_port, json_body, skip_without_nginx, wait_for
 from tests.test_onnxruntime_backend import write_fragile
 
@@ -196,6 +196,7 @@ def test_client_gateway_and_triton_share_a_trace(traced: Observed, collector: Co
     assert line["status"] == 200
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_there_costs_no_request(tmp_path: Path) -> None:
     with (
         observed(tmp_path, f"http://127.0.0.1:{free_port()}/v1/traces") as running,
@@ -217,8 +218,8 @@ def test_wrong_settings_of_traces_are_one_line(flags: list[str], said: str) -> N
         flags_command(values_of("flags", *flags))
 
 
-def test_both_images_take_the_settings_of_traces_from_the_environment() -> None:
-    run = run_module("cli", "flags", DEEPSEEK_TRACE_URL="http://jaeger:4318/v1/traces", DEEPSEEK_TRACE_EVERY="100")
+def test_both_images_take_the_settings_of_traces_from_the_environment(run_here: RunHere) -> None:
+    run = run_here("flags", DEEPSEEK_TRACE_URL="http://jaeger:4318/v1/traces", DEEPSEEK_TRACE_EVERY="100")
     assert run.stdout.splitlines()[-5:] == trace_flags("http://jaeger:4318/v1/traces", 100)
-    run = run_module("cli", "serve", "--profile", "/tmp/nowhere", DEEPSEEK_TRACE_URL="http://jaeger:4318/v1/traces")
+    run = run_here("serve", "--profile", "/tmp/nowhere", DEEPSEEK_TRACE_URL="http://jaeger:4318/v1/traces")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)

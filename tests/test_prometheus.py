@@ -105,7 +105,7 @@ def test_every_rule_evaluates_and_every_panel_has_data(tmp_path: Path) -> None:
             prometheus.stop()
 
 
-@pytest.mark.server
+@pytest.mark.slow
 def test_the_rules_and_panels_of_the_openai_routes_have_data(
     built_sentence: Path, serving: Serving, tmp_path: Path
 ) -> None:

@@ -224,7 +224,7 @@ def capacity_of(folder: Path, **changes: Any) -> Capacity:
         times = {"queue": queue_ms, "compute_infer": compute_ms, "compute_input": 0, "compute_output": 0}
         statistics = {name: {"count": 1000, "ns": int(ms * 1e9)} for name, ms in times.items()}
         statistics["success"] = {"count": 1000, "ns": 0}
-        run = saved_run(folder / str(rate), steady(), server={"version": "1", "statistics": statistics})
+        run = saved_run(folder / str(rate), steady(count=10), server={"version": "1", "statistics": statistics})
         seen: dict[str, Any] = {"achieved_rps": min(rate, 1200), "p99_ms": p99_ms, "run": str(run.folder)}
         trials.append(trial(rate, "holds" if p99_ms else "fails", **seen))
     fixed: dict[str, Any] = {"model": "recommender", "target": "onnxruntime", "precision": "int8", "protocol": "grpc"}
@@ -266,12 +266,19 @@ def test_targets_are_the_curves_values_at_shares_of_the_capacity() -> None:
     assert [least for metric, target, least in candidates(CURVE, ["rate"], 8) if target == 400] == [2, 4, 6, 8]
 
 
+@pytest.fixture(scope="module")
+def capacity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a search."""
+    folder = tmp_path_factory.mktemp("capacity")
+    capacity_of(folder / "runs").save(folder / "capacity.json")
+    return folder / "capacity.json"
+
+
 @pytest.fixture
-def measured(tmp_path: Path, own_build: Path) -> tuple[str, ...]:
+def measured(capacity: Path, tmp_path: Path, own_build: Path) -> tuple[str, ...]:
     """Arguments of the command over a short, measured day."""
-    capacity_of(tmp_path / "runs").save(tmp_path / "capacity.json")
     (tmp_path / "day.csv").write_text("seconds,rate_rps\n0,1000\n1800,2500\n3600,1000\n")
-    return "--capacity", str(tmp_path / "capacity.json"), "--traffic", str(tmp_path / "day.csv")
+    return "--capacity", str(capacity), "--traffic", str(tmp_path / "day.csv")
 
 
 def left(folder: Path) -> dict[str, Any]:
