@@ -257,7 +257,7 @@ def test_a_model_with_a_new_signature_needs_no_new_client(tmp_path: Path) -> Non
     write_add_one(tmp_path / "repository")
     config = tmp_path / "repository" / "add_one" / "config.pbtxt"
     with (
-        EmbeddedServer(tmp_path / "repository", **FREE, poll_s=1, log_path=tmp_path / "log") as running,
+        EmbeddedServer(tmp_path / "repository", **FREE, poll_s=0.2, log_path=tmp_path / "log") as running,
         InferenceClient(running.http_url, "http") as over_http,
         InferenceClient(running.grpc_url) as over_grpc,
         InferenceClient(running.grpc_url) as watcher,

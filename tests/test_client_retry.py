@@ -316,7 +316,7 @@ def test_a_percentile_hedges_after_enough_calls(relays: MakeRelays) -> None:
 
 def test_a_hedge_still_answers_if_the_first_attempt_breaks(server: EmbeddedServer, relays: MakeRelays) -> None:
     (other,) = relays("http", 1)
-    other.delay_s = 0.5
+    other.delay_s = 0.2
 
     def break_once_hedged(connection: Any) -> None:
         pieces = other.pieces

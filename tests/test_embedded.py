@@ -318,7 +318,7 @@ def polling(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEPSEEK_BUILD", str(built / "build"))
         publish_version(TEXT, "fp32", "onnxruntime", folder / "repository")
-    with EmbeddedServer(folder / "repository", log_path=folder / "log", poll_s=1, **FREE) as running:
+    with EmbeddedServer(folder / "repository", log_path=folder / "log", poll_s=0.2, **FREE) as running:
         yield running
 
 

@@ -113,7 +113,7 @@ def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer
     """A server of the model `fragile` that follows its repository."""
     folder = tmp_path_factory.mktemp("fragile")
     write_fragile(folder / "repository")
-    with EmbeddedServer(folder / "repository", poll_s=1, **FREE, log_path=folder / "triton.log") as running:
+    with EmbeddedServer(folder / "repository", poll_s=0.2, **FREE, log_path=folder / "triton.log") as running:
         yield running
 
 

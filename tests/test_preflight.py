@@ -31,7 +31,7 @@ def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: 
     (goes / "config.pbtxt").write_text((goes / "config.pbtxt").read_text().replace('"tiny"', '"goes"'))
     with (goes / "1" / "model.py").open("a") as code:
         code.write(FINALIZE.format(go=tmp_path / "go"))
-    with EmbeddedServer(repository, **FREE, poll_s=1) as server, InferenceClient(server.grpc_url, "grpc") as client:
+    with EmbeddedServer(repository, **FREE, poll_s=0.2) as server, InferenceClient(server.grpc_url, "grpc") as client:
         shutil.rmtree(goes)
         wait_for(lambda: not client.ready())
         inputs = str(tmp_path / "inputs.npz")

@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
     write_model(folder / "repository", "pair", initialize="import time; time.sleep(1)")
     write_add_one(folder / "repository", "other")
     with EmbeddedServer(
-        folder / "repository", **FREE, poll_s=1, behind_gateway=True, exit_timeout_s=1, log_path=folder / "log"
+        folder / "repository", **FREE, poll_s=0.2, behind_gateway=True, exit_timeout_s=1, log_path=folder / "log"
     ) as running:
         yield running
 

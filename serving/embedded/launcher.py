@@ -69,7 +69,7 @@ class EmbeddedServer:
         metrics_port: int = 8002,
         address: str = "127.0.0.1",
         timeout_s: float = 120,
-        poll_s: int | None = None,
+        poll_s: float | None = None,
         log_path: str | Path | None = None,
         profile: str | Path | None = None,
         echo_log: bool = False,
