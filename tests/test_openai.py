@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import shutil
@@ -91,6 +92,15 @@ def test_a_long_list_is_answered_in_order(client: openai.OpenAI, expected: np.nd
     assert [each.index for each in answer.data] == list(range(len(TEXTS)))
     np.testing.assert_allclose([each.embedding for each in answer.data], expected, atol=1e-5)
     assert answer.model == "sentence"
+
+
+def test_the_asynchronous_client_works_unchanged(serving: Serving, expected: np.ndarray) -> None:
+    async def embed() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=serving.places["OpenAI"], api_key="unused") as client:
+            return await asyncio.gather(*(client.embeddings.create(model="sentence", input=text) for text in TEXTS))
+
+    answers = asyncio.run(embed())
+    np.testing.assert_allclose([each.data[0].embedding for each in answers], expected, atol=1e-5)
 
 
 def test_base64_holds_the_same_numbers_as_float(serving: Serving, client: openai.OpenAI) -> None:
