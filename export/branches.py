@@ -8,6 +8,7 @@ so the graph is compared with PyTorch there, not refused.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import sympy
@@ -68,5 +69,8 @@ def _tried(axis: Axis, condition: Any) -> list[int]:
     return [*first, axis.max, *(size for size in named if axis.min <= size <= axis.max)]
 
 
-def _outcome(condition: Any, symbols: dict[str, Any], sizes: dict[str, int]) -> bool:
-    return bool(condition.xreplace({symbol: sympy.Integer(sizes[name]) for name, symbol in symbols.items()}))
+def _outcome(condition: Any, symbols: dict[str, Any], sizes: dict[str, int]) -> bool | None:
+    """Whether the condition holds; None where it divides by zero, which `forward` does there, too."""
+    with contextlib.suppress(ZeroDivisionError):
+        return bool(condition.xreplace({symbol: sympy.Integer(sizes[name]) for name, symbol in symbols.items()}))
+    return None

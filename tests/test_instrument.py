@@ -265,7 +265,7 @@ for wanted in json.loads(sys.argv[1]):
 
 
 def last_told(before: str, *wanted: LoadSettings) -> list[dict[str, Any]]:
-    """What a worker tells its master at the end of each load, in a process that runs `before` first."""
+    """The report of a worker to its master at the end of each load. Its process runs `before` first."""
     command = [sys.executable, "-c", WORKER.format(before=before), json.dumps([each.__dict__ for each in wanted])]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr

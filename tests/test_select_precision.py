@@ -362,7 +362,7 @@ def test_a_missing_execution_provider_is_an_error_only_if_it_would_serve(
 
 
 def opening_a_trial_graph(spec: DeploymentSpec, *_: object) -> dict[str, Any]:
-    """What quantization does first of all that needs the execution provider."""
+    """The first step of quantization that needs the execution provider."""
     onnx_predictor(spec, onnx_path("text", "fp32"), "onnxruntime")
     return {}
 

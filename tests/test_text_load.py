@@ -46,7 +46,7 @@ def load_test(tmp_path: Path, models: dict[str, Path], run_here: RunHere) -> Run
 
 
 def check_tokens(found: dict[str, Any], *tokens: int) -> None:
-    """Checks that all was answered, and that texts with so many tokens each took turns."""
+    """Checks that all was answered, and that texts of these numbers of tokens took turns."""
     assert (found["answered"], found["errors"]) == (40, {})
     planned = {length: figures["planned"] for length, figures in found["lengths"].items()}
     assert list(planned) == [f"tokens {count}" for count in tokens]
