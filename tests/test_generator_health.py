@@ -19,6 +19,7 @@ from tests.test_verdict import SLO, decided, refused
     [
         ({}, 0.013, "sent late"),
         ({"thread_cpu": 0.95}, 0.0, "95% busy"),
+        ({"workers_lost": 1, "workers": 3}, 0.0, "1 of 3 workers were lost with their results"),
         ({"duration_s": 9.0}, 1.5, "in time"),
     ],
 )

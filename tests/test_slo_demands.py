@@ -46,6 +46,7 @@ def test_a_rate_at_which_answers_in_time_would_be_dropped_is_an_error(rate_rps: 
     with pytest.raises(InputError, match=message):
         in_flight_for(settings, asked)
     assert in_flight_for(replace(settings, workers=workers + 1), asked) == 8192
+    assert in_flight_for(replace(settings, rate_rps=4096.0 * workers), asked) == 8192
     bound = SloSpec(p99_ms=50, objectives=("max_ms < 2000 @ 100 rps",))  # applies only at 100/s
     assert in_flight_for(settings, bound) > 512
 
