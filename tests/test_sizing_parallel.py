@@ -33,6 +33,12 @@ def test_serving_gpt3_takes_8_to_16_devices_of_80_gb_in_a_pipeline(batch: int, d
     assert (found.memory_bytes or 0) <= A100.usable_bytes
 
 
+def test_a_model_of_a_billion_layers_is_planned_at_once() -> None:
+    setup = InferenceSetup(batch=1, length=1)
+    model = TransformerSize(config=config(num_layers=10**9))
+    assert by_way(serving_layouts(model, setup, A100))["pipeline"].devices is None
+
+
 def test_training_gpt3_does_not_fit_on_16_of_them_by_its_state_alone() -> None:
     setup = TrainingSetup(
         batch=1, length=2048, precision="bf16", mixed="master", checkpointing=True, accumulation_steps=64

@@ -14,7 +14,6 @@ So mixed precision does not reduce the training state; it reduces activations an
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -207,8 +206,6 @@ class HostNeeds:
 
 def host_needs(model: Countable, training: TrainingMemory, *, disk_bytes_s: float = 500e6) -> HostNeeds:
     """RAM and disk of a training machine; the guide requires 500 MB/s of sequential bandwidth."""
-    if not 0 < disk_bytes_s < math.inf:
-        raise InputError(f"disk_bytes_s: seen {disk_bytes_s:g}; a number above 0 is needed")
     state, weights = training.state_bytes, 4.0 * model.parameters
     checkpoint = weights + training.optimizer_bytes
     return HostNeeds(

@@ -241,7 +241,8 @@ def _heads(model: TransformerSize) -> list[int]:
 
 
 def _stages(model: TransformerSize) -> list[int]:
-    return [count for count in range(2, model.config.num_layers + 1) if model.config.num_layers % count == 0]
+    layers = model.config.num_layers
+    return [count for count in range(2, min(layers, MOST_DEVICES) + 1) if layers % count == 0]
 
 
 def _largest_part(model: Countable) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 
 from deepseek.config import TransformerConfig
@@ -58,9 +57,11 @@ def _model(options: argparse.Namespace) -> tuple[AnyModel, DeploymentSpec | None
     if len(given) != 1:
         seen = " and ".join(f"--{name}" for name in given) or "none of them"
         raise InputError(f"seen {seen}; give exactly one of --model, --onnx, --preset or --layers")
-    sizes = ("hidden", "heads", "ffn", "vocab", "max_length")
-    if options.layers is None and (unused := [name for name in sizes if getattr(options, name) is not None]):
+    sizes = ("hidden", "heads", "ffn", "vocab", "max_length", "head")
+    if options.layers is None and (unused := [name for name in sizes if name in options.given]):
         raise InputError(f"--{unused[0].replace('_', '-')}: only with --layers; --{given[0]} has its own sizes")
+    if options.axis and given[0] in ("preset", "layers"):
+        raise InputError(f"--axis {options.axis[0]}: only for a graph; leave it out of --{given[0]}")
     if options.preset is not None:
         return presets()[options.preset], None
     if options.layers is not None:
@@ -107,8 +108,6 @@ def _axes(given: list[str]) -> dict[str, int]:
 
 def _request(options: argparse.Namespace, length: int, batch: int, most_batch: int) -> Request:
     capacity = options.capacity
-    if options.price is not None and not 0 <= options.price < math.inf:
-        raise InputError(f"--price: seen {options.price:g}; allowed: USD per hour, from 0")
     if capacity is None and options.model and (found := build_dir(options.model) / "capacity.json").is_file():
         capacity = found
     demand = None
