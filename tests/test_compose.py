@@ -21,6 +21,7 @@ from deepseek_client import AccessDenied, InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec
 from loadtests.load.child_process import free_ports
+from loadtests.results.settings import LoadSettings
 from loadtests.search.local_server import local_server
 from loadtests.search.stack_server import stack_command
 from serving.release.versions import move_in, stage
@@ -168,12 +169,13 @@ def test_a_search_starts_the_stacks_triton_over_each_candidate(
     for name, value in {**stack.docker, "COMPOSE_PROJECT_NAME": PROJECT}.items():
         monkeypatch.setenv(name, value)
     candidate = shutil.copytree(stack.repository, tmp_path / "candidate")
-    with local_server(
-        stack_command(stack.folder / "env"), candidate, tmp_path, protocol="grpc", model="text"
-    ) as server:
+    settings = LoadSettings(
+        model="text", models="tests/models", target="onnxruntime", protocol="grpc", url="", inputs=""
+    )
+    with local_server(stack_command(stack.folder / "env"), candidate, tmp_path, settings) as server:
         mounts = [mount["Source"] for mount in stack.one_off("triton")["Mounts"]]
         assert mounts == [str(candidate)]
-        with InferenceClient(server.url) as client:
+        with InferenceClient(server.settings.url) as client:
             assert np.isfinite(client.infer("text", row())["embedding"]).all()
     assert not stack.one_off("triton")
 

@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load.inputs import count_rows, length_classes
+from loadtests.search.local_server import EMBEDDED, local_server, settings_of_local
+from loadtests.search.trial_runner import TrialRunner
 from serving.repository.served_models import served_models
 from tests.conftest import RunHere
 from tests.gateway import skip_without_nginx, wait_for
@@ -113,6 +117,19 @@ def test_a_capacity_search_calls_the_route_and_the_report_names_it(
     drawn = run_here("report", *what[:4], "--run", found["trials"][0]["run"], **environment)
     assert drawn.returncode == 0, drawn.stderr
     assert f"/v1/embeddings at {host}" in Path(drawn.stdout.split()[-1]).read_text()
+
+
+def test_a_server_of_a_search_opens_the_route_and_is_loaded_there(built_sentence: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("ab cd")
+    what = ("--model", "sentence", "--models", str(MODELS), "--inputs", str(tmp_path / "texts.txt"), "--warmup-s", "0")
+    options = values_of("tune", *what, "--route", "/v1/embeddings")
+    spec = DeploymentSpec.of_model("sentence", MODELS)
+    with pytest.raises(InputError, match=r"the server's command has no {openai_port}; give one: --server"):
+        settings_of_local(options, spec, "serve {repository}")
+    settings = settings_of_local(options, spec, EMBEDDED)
+    with local_server(EMBEDDED, built_sentence / "repository", tmp_path / "served", settings) as server:
+        run = TrialRunner.at(spec, server.settings, tmp_path / "runs", Console(quiet=True)).run(users=1, duration_s=1.0)
+    assert (run.settings.over, run.window.failed, run.window.ok > 0) == ("/v1/embeddings", 0, True)
 
 
 SENTENCE = ("sentence", "texts.txt", "a")

@@ -155,8 +155,9 @@ def test_an_unusable_file_of_tuned_values_is_reported_before_the_search(
         (("--precision", "fp8"), "PRECISION=fp8"),
         (("--server", "serve {port}"), "the allowed fields are {repository}, {http_port}, {grpc_port}, {metrics_port}"),
         (("--server", "false"), "the default settings: ended with status 1"),
+        (("--route", "/rerank"), "--route /rerank: deploy.toml of image has no [text]; leave --route out"),
     ],
-    ids=["batch", "delay", "tensorrt", "not built", "fields", "server"],
+    ids=["batch", "delay", "tensorrt", "not built", "fields", "server", "route"],
 )
 def test_bad_input_is_one_line(image: list[str], more: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):

@@ -57,6 +57,9 @@ ROUTE = (
     Option("--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs; [HOST:PORT]/PATH"),
     OPENAI_PORT,
 )
+LOCAL_ROUTE = Option(
+    "--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs", choices=("/v1/embeddings", "/rerank")
+)
 
 
 def _warmup(seconds: float) -> Option:
@@ -69,8 +72,8 @@ def _tried(flag: str, help: str) -> Option:
 
 SERVER_COMMAND = Option(
     "--server",
-    "command of the server, with {repository}, {http_port}, {grpc_port} and {metrics_port}; stack: the compose stack's "
-    "Triton (default: the embedded Triton, or stack for a target that it cannot serve)",
+    "command of the server, with {repository}, {http_port}, {grpc_port}, {metrics_port} and {openai_port}; stack: the "
+    "compose stack's Triton (default: the embedded Triton, or stack for a target that it cannot serve)",
 )
 
 
@@ -122,6 +125,7 @@ REGRESSION = Command(
         Option("--new", "candidate: repository, <model>/<version> or folder of runs", kind=path_text, required=True),
         REPOSITORY,
         PROTOCOL,
+        LOCAL_ROUTE,
         Option("--rate", "requests/s to compare at (default: the SLO's, or 70 % of the capacity)", kind=POSITIVE),
         Option("--pairs", "pairs of runs", kind=at_least(8), default=10),
         DURATION_S,
@@ -154,6 +158,7 @@ TUNE = Command(
         TARGET,
         Option("--precision", "precision to tune for", choices=("auto", *PRECISIONS), default="auto", variable=""),
         PROTOCOL,
+        LOCAL_ROUTE,
         PRIORITY,
         replace(MAX_S, default=600.0),
         Option("--pairs", "most pairs of runs of a comparison", kind=TUNE_PAIRS, default=24),

@@ -126,16 +126,15 @@ def serve(
     stack: ExitStack, version: ComparedVersion, plan: InterleavedPlan, folder: Path, console: Console
 ) -> ServedVersion:
     """Starts the server of a version; it runs until the stack closes."""
-    place, settings = folder / version.role, plan.settings
+    place = folder / version.role
     repository = version.lay_out(place)
     stack.callback(shutil.rmtree, repository, ignore_errors=True)
-    starting = local_server(plan.server, repository, place, protocol=settings.protocol, model=settings.model)
     try:
-        server = stack.enter_context(starting)
+        server = stack.enter_context(local_server(plan.server, repository, place, plan.settings))
     except NotServed as error:
         raise _down(version, f"is not served: {error}") from None
     try:
-        runner = TrialRunner.at(server.url, plan.spec, settings, place / "runs", console)
+        runner = TrialRunner.at(plan.spec, server.settings, place / "runs", console)
     except InputError as error:
         if version.role == "baseline":  # the inputs or deploy.toml are wrong; a passing baseline rules that out
             raise

@@ -79,10 +79,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def measured(versions: Versions, options: argparse.Namespace, spec: DeploymentSpec) -> tuple[list[Run], list[Run]]:
+    server = server_command(options.server, options.target, options.env_file)
     plan = InterleavedPlan(
         spec=spec,
-        settings=settings_of_local(options, spec.slo),
-        server=server_command(options.server, options.target, options.env_file),
+        settings=settings_of_local(options, spec, server),
+        server=server,
         rate_rps=options.rate,
         duration_s=options.duration_s,
         pairs=options.pairs,

@@ -46,9 +46,8 @@ class TrialRunner:
     """The load generator's machine; filled by the first run."""
 
     @classmethod
-    def at(cls, url: str, spec: DeploymentSpec, settings: LoadSettings, folder: Path, console: Console) -> TrialRunner:
+    def at(cls, spec: DeploymentSpec, settings: LoadSettings, folder: Path, console: Console) -> TrialRunner:
         """On a server that has just started; InputError if it does not serve the model of the spec."""
-        settings = replace(settings, url=url)
         served = check(replace(settings, users=1), spec)
         return cls(spec=spec, settings=settings, served=served, folder=folder, console=console)
 

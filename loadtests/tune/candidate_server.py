@@ -52,7 +52,7 @@ class TuneConditions:
     precision: Precision | None
     """None: the one that `export.stages.select_precision` chose."""
     server: str
-    """Command with {repository}, {http_port}, {grpc_port} and {metrics_port}."""
+    """Command template for `local_server`."""
     folder: Path
     least_s: float
     """Minimum length of a run; longer if its p99 needs more samples."""
@@ -104,9 +104,8 @@ def candidate_server(settings: ServingSettings, conditions: TuneConditions, name
     try:
         run_with(settings, conditions, "publish", folder, "--repository", str(repository))
         published = PublishedManifest.load(repository / load.model / "1" / "manifest.json")
-        with local_server(conditions.server, repository, folder, protocol=load.protocol, model=load.model) as server:
-            folder_of_runs, console = conditions.folder / "runs", conditions.console
-            runner = TrialRunner.at(server.url, conditions.spec, load, folder_of_runs, console)
+        with local_server(conditions.server, repository, folder, load) as server:
+            runner = TrialRunner.at(conditions.spec, server.settings, conditions.folder / "runs", conditions.console)
             yield CandidateServer(settings=settings, conditions=conditions, published=published, runner=runner)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
