@@ -149,7 +149,7 @@ class ModelFolder:
 
 
 def _check_parts(model: Any, path: Path) -> None:
-    """Raises InputError for what the exporter cannot trace: TorchScript, quantized modules and sparse tensors."""
+    """Raises InputError for what the exporter cannot trace: TorchScript, quantized modules, sparse tensors ..."""
     for name, part in model.named_modules():
         kind, what = type(part).__module__, f"load(): {name!r} is" if name else "load() returned"
         if kind.startswith("torch.jit") and (not name or kind == "torch.jit._script"):
@@ -161,6 +161,11 @@ def _check_parts(model: Any, path: Path) -> None:
             raise InputError(
                 f"{path}: {what} quantized by PyTorch ({type(part).__name__}); return the module before that: the "
                 "build quantizes it"
+            )
+        if kind == "torch.nn.modules.rnn" and getattr(part, "proj_size", None):
+            raise InputError(
+                f"{path}: {what} an LSTM with proj_size, for which ONNX has no operator; take one without it and "
+                "multiply its outputs by weight_hr (they are the same if its weight_hh is weight_hh @ weight_hr)"
             )
     for name, tensor in model.state_dict().items():
         if getattr(tensor, "is_sparse", False) or getattr(tensor, "is_sparse_csr", False):

@@ -38,7 +38,11 @@ def requirements_in(folder: Path) -> list[tuple[str, Requirement]]:
     path, found = folder / FILE, []
     if not path.is_file():
         return []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:  # Windows' PowerShell writes UTF-16
+        raise InputError(f"{path}: not a text in UTF-8; save it in UTF-8") from None
+    for number, line in enumerate(lines, 1):
         text, where = re.sub(r"(^|\s)#.*", "", line).strip(), f"{path}:{number}"
         if not text or (text.startswith("-") and not text.startswith(_HIDING)):
             continue

@@ -41,7 +41,7 @@ def traceable() -> Iterator[None]:
 
     torch.distributions: they check the values of their arguments.
 
-    Attention without heads: the exporter takes only tensors of 4 dimensions.
+    Attention: the exporter takes only tensors of 4 dimensions, and computes a row without a key as if it had all.
 
     nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
     """
@@ -100,13 +100,17 @@ def _attention(
     *rest: Any,
     **named: Any,
 ) -> torch.Tensor:
-    """Attention over (B, L, D) is one with a single head; PyTorch's signature."""
-    if query.dim() != 3:
-        return _attention_of_heads(query, key, value, attn_mask, *rest, **named)
-    if attn_mask is not None and attn_mask.dim() == 3:
-        attn_mask = attn_mask.unsqueeze(1)
-    query, key, value = (each.unsqueeze(1) for each in (query, key, value))
-    return _attention_of_heads(query, key, value, attn_mask, *rest, **named).squeeze(1)
+    """Attention over (B, L, D) is one with a single head; PyTorch's signature.
+
+    A row whose every key is masked is 0. In the exporter's graph it is the mean of all values.
+    """
+    if query.dim() == 3:
+        mask = attn_mask if attn_mask is None or attn_mask.dim() == 2 else attn_mask.unsqueeze(1)
+        return _attention(*(each.unsqueeze(1) for each in (query, key, value)), mask, *rest, **named).squeeze(1)
+    found = _attention_of_heads(query, key, value, attn_mask, *rest, **named)
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return found
+    return torch.where(attn_mask.any(-1, keepdim=True), found, 0.0)
 
 
 def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -221,6 +221,15 @@ def test_rows_that_are_all_in_one_half_judge_no_layers(metric: str | None) -> No
             found.drop_on_half(scaled(1), choosing=own)
 
 
+def test_a_metric_of_rows_that_are_all_in_one_half_judges_no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy_budget, "_chooses", lambda row: row["pixels"].flat[0] == 1)
+    found, row = baseline("accuracy", 1.0), {"pixels": np.ones((1, 3, 32, 32), np.float32)}
+    found.source.evaluate = lambda predict: {"accuracy": float(predict(row)["scores"][0, 0])}
+    for own in (True, False):
+        with pytest.raises(GateFailed, match="too few different evaluation rows to choose layers on one half"):
+            found.drop_on_half(scaled(1), choosing=own)
+
+
 def test_outputs_at_which_evaluate_fails_are_an_infinite_drop_so_that_layers_are_kept_high(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
         ((), {}, "-- MODEL=a/b", "MODEL: seen 'a/b'; a folder's name without blanks and slashes is needed"),
         ((), {}, r"-- MODEL=a\ b", "MODEL: seen 'a b'; a folder's name without blanks and slashes is needed"),
         ((), {"JSON": "maybe"}, "", "JSON: seen 'maybe'; 1 turns it on, 0 off"),
+        (("--run", "a\udcff"), {}, None, r"--run: seen 'a\udcff'; a text in UTF-8 is needed"),
         (("--run", ""), {}, None, "--run: seen ''; a path is needed"),
         (("--run", "~nobody-here/x"), {}, None, "--run: seen '~nobody-here/x'; there is no such home folder; write the whole path"),
     ],

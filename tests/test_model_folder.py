@@ -82,8 +82,12 @@ def test_a_changed_working_directory_is_restored(tmp_path: Path) -> None:
             r"load\(\): '0' is TorchScript .* return the torch.nn.Mod",
         ),
         ("torch.ao.quantization.quantize_dynamic(Tiny())", r"'line' is quantized by PyTorch .* the build quantizes it"),
+        (
+            "torch.nn.Sequential(torch.nn.LSTM(8, 8, proj_size=4))",
+            r"'0' is an LSTM with proj_size, .* weight_hh @ weight_hr",
+        ),
     ],
-    ids=["TorchScript", "a part of TorchScript", "quantized"],
+    ids=["TorchScript", "a part of TorchScript", "quantized", "a projection"],
 )
 def test_a_module_that_cannot_be_traced_is_refused(tmp_path: Path, returned: str, message: str) -> None:
     code = f"\ndef load():\n    import warnings\n    warnings.simplefilter('ignore')\n    return {returned}\n"

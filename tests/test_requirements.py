@@ -93,6 +93,7 @@ def test_what_is_installed_is_not_installed_again_and_needs_no_network(folder: P
         ("torch==2.1", f"seen torch==2.1; the build has torch {pinned_versions()['torch']}: allow it or remove it"),
         ("-r others.txt", "seen '-r others.txt'; allowed: a package with its versions, such as timm>=1.0"),
         ("halving==", "seen 'halving=='; allowed"),
+        ("\udcff\udcfe", "requirements.txt: not a text in UTF-8; save it in UTF-8"),
         ("absent_package", "requirements.txt: pip cannot install it: Could not find a version"),
         ("oldnumpy", "contradicts requirements.lock or the installed torch, which the build needs: oldnumpy 1.0 depends on numpy<2"),
         ("oldtorch", "oldtorch 1.0 depends on torch==2.1; pinned: torch"),
@@ -101,7 +102,7 @@ def test_what_is_installed_is_not_installed_again_and_needs_no_network(folder: P
 def test_requirements_that_cannot_be_installed_are_one_line(folder: Path, tmp_path: Path, line: str, told: str) -> None:
     wheel(tmp_path / "wheels", "oldnumpy", "1.0", "numpy<2")
     wheel(tmp_path / "wheels", "oldtorch", "1.0", "torch==2.1")
-    (folder / "requirements.txt").write_text(f"# what model.py imports\n{line}\n")
+    (folder / "requirements.txt").write_text(f"# what model.py imports\n{line}\n", errors="surrogateescape")
     with pytest.raises(InputError, match=re.escape(told)):
         install(folder)
 

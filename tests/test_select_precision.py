@@ -245,7 +245,11 @@ def test_each_number_of_the_table_says_its_rows(capsys: pytest.CaptureFixture[st
     said = table(capsys, own, int8_dot_products=None)  # None: of a GPU, for example
     assert f"int8 0.4000 +0.00% {judged.low:+.2%} to {judged.high:+.2%} 40 0.25 0.50000 75.0% 2.00x 2.0 KiB" in said
     assert "interval: bounds of the drop, each at 95.00%; rows: those of drop and interval" in said
-    assert "int8: layers were chosen on other rows; drop from 40 rows, ndcg from all 90" in said
+    chosen = "int8: layers were chosen on other rows; drop from 40 rows"
+    assert f"{chosen}, ndcg from all 90" in said
+    one_number = {**own, "rows": {**rows, "metric": None}}
+    assert f"{chosen}, ndcg from all rows" in table(capsys, one_number)
+    assert chosen in table(capsys, own, metric="similarity")  # which is the drop in another form
 
 
 @pytest.fixture

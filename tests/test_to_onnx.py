@@ -186,11 +186,13 @@ def test_modules_that_look_at_values_are_exported_and_bags_of_one_size_are_no_lo
     assert not {"Loop", "SequenceEmpty"} & {node.op_type for node in graph.node}
 
 
-def test_attention_with_a_learned_bias_for_each_row_or_without_heads_is_exported(tmp_path: Path) -> None:
+def test_attention_with_a_bias_for_each_row_without_heads_or_without_a_key_is_exported(tmp_path: Path) -> None:
     body = """x = torch.nn.functional.scaled_dot_product_attention(*3 * [x.view(-1, 4, 2)]).flatten(1)
         heads = self.line(x).view(x.shape[0], 4, 2, 1).transpose(1, 2)
         bias = self.line.weight.reshape(1, 4, 4, 4)[:, :2].expand(x.shape[0], -1, -1, -1)
         found = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias)
+        keyless = heads > heads.mean(-2, keepdim=True)
+        found = found + torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=keyless)
         return found.transpose(1, 2).contiguous().view(x.shape[0], 8)"""
     assert len(export_model(tiny(tmp_path, body=body))["checks"]) == 3
 
@@ -274,6 +276,7 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
         ("return self.line(x).view(1, 8)", r"model.py:11: forward\(x: float32 \[4, 8\]\).*RuntimeError: shape"),
         ("return self.line(x).squeeze()", r"forward returned float32 \[8\]; .* here \[1, 8\]"),
         ("return self.line(x).sum()", r"forward returned float32 \[\]; deploy.toml says"),
+        ("return x.scatter_reduce(1, x.long() % 8, self.line(x), 'mean')", "model.py: ONNX has no scatter_reduce with 'mean', .* divide the one with 'sum'"),
         ("return self.line(x) + torch.linalg.svd(x.unsqueeze(1))[1]", "cannot be exported: No ONNX function found for .*linalg_svd"),
         ("return torch.nn.functional.linear(x.bfloat16(), self.line.weight.bfloat16()).float()", r"model.py: ONNX Runtime cannot load it: .* let it use float32"),
         ("return self.line(x) + (x > 0).sort(1).values", "model.py: the graph is not valid ONNX: .*TopK.* int32 in place of bool"),
@@ -284,7 +287,7 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
         ("return x.double()", r"output 'y': forward returned float64"),
         ("return 3", r"forward returned 1 value\(s\) \(int\)"),
     ],
-    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "operator", "no kernel", "no such type", "an operator without a cause", "rows that mix", "bug", "too many", "dtype", "no tensor"],
+    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "mean", "operator", "no kernel", "no such type", "an operator without a cause", "rows that mix", "bug", "too many", "dtype", "no tensor"],
 )  # fmt: skip
 def test_a_forward_that_cannot_be_traced_is_one_error_line(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

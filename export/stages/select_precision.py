@@ -359,12 +359,9 @@ def _about_rows(result: dict[str, Any]) -> list[str]:
     elif metric != "similarity":
         lines.append(f"{metric} is judged by one number, no interval: evaluate() does not return it row by row")
     for name, each in variants.items():
-        rows = each["rows"]
-        if "chosen_on" in rows:
-            whole = rows["parity"] if metric == "similarity" or rows["metric"] is None else rows["metric"]
-            lines.append(
-                f"{name}: layers were chosen on other rows; drop from {rows['drop']} rows, {metric} from all {whole}"
-            )
+        if "chosen_on" in (rows := each["rows"]):
+            also = "" if metric == "similarity" else f", {metric} from all {rows['metric'] or 'rows'}"
+            lines.append(f"{name}: layers were chosen on other rows; drop from {rows['drop']} rows{also}")
     return lines
 
 

@@ -93,6 +93,12 @@ def onnx_from_torch(
         raise InputError(_why_not_exported(error, folder_of(spec))) from error
     assert program is not None
     assert program.exported_program is not None
+    for node in program.exported_program.graph.nodes:
+        if node.target is torch.ops.aten.scatter_reduce.two and "mean" in (*node.args, *node.kwargs.values()):
+            raise InputError(
+                f"{model_py(spec)}: ONNX has no scatter_reduce with 'mean', and the exporter writes one without a "
+                "reduction: divide the one with 'sum' by that of ones"
+            )
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
     return graph, sizes_of_branches(spec, program.exported_program, traced_sizes(spec), checked_sizes(spec))
