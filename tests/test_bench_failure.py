@@ -95,6 +95,9 @@ TWICE, HALF = "a name occurs twice", "half a surrogate pair"  # of two values, T
         (ids(shape=[1, -3]), 400, SIZES),
         (ids(data="x"), 400, VALUES),
         (ids(data=[1.5, 2, 3]), 400, VALUES),
+        (ids(datatype="INT32", data=[1, 2, -(2**31) - 1]), 400, "values of INT32"),  # Triton would take 2**31 - 1
+        (ids(datatype="UINT8", data=[1, 2, -1]), 400, "values of UINT8"),
+        (ids(datatype="FP32", data=[1, 2, 1e39]), 400, "values of FP32"),
         (ids(data=[[[[1, 2, 3], 4]]]), 400, "4 in"),
         (with_id('"7", "id": "8"'), 400, TWICE),
         (with_id('"7", "parameters": {"priority": 0, "pri\\u006frity": 0}'), 400, TWICE),

@@ -221,27 +221,33 @@ function flawOfInput(input) {
 ${input.datatype}, and ${parameters.binary_data_size} bytes`;
     }
     const found = { count: 0, wrong: 0 };
-    countValues(input.data, kindOf(input.datatype), found);
+    countValues(input.data, allowedIn(input.datatype), found);
     if (!Array.isArray(input.data) || found.wrong) {
         return `${name}: "data" must be a list of values of ${input.datatype.slice(0, 40)}`;
     }
     return found.count === count ? '' : `${name}: ${count} values by its shape, ${found.count} in "data"`;
 }
 
-function kindOf(datatype) {
-    return datatype === 'BYTES' ? 'string' : datatype === 'BOOL' ? 'boolean' : /^(INT|UINT)/.test(datatype) ? 'integer' : 'number';
+// The values of a type. Of a larger integer Triton would take the lowest bits, and a larger FP32 as Infinity.
+function allowedIn(datatype) {
+    const integer = /^(U?)INT(8|16|32|64)$/.exec(datatype);
+    if (!integer) {
+        const most = datatype === 'FP32' ? 3.4028235e38 : Number.MAX_VALUE;
+        return { kind: datatype === 'BYTES' ? 'string' : datatype === 'BOOL' ? 'boolean' : 'number', least: -most, most };
+    }
+    const most = Math.pow(2, integer[1] ? integer[2] : integer[2] - 1) - 1;  // of 64 bits it is rounded up
+    return { kind: 'number', whole: true, least: integer[1] ? 0 : -most - 1, most };
 }
 
-// Counts the values of a nested list, and those of a wrong type.
-function countValues(data, kind, found) {
+// Counts the values of a nested list, and those that are not allowed.
+function countValues(data, allowed, found) {
     if (Array.isArray(data)) {
-        data.forEach(each => countValues(each, kind, found));
+        data.forEach(each => countValues(each, allowed, found));
         return;
     }
     found.count += 1;
-    const finite = typeof data === 'number' && isFinite(data);
-    const whole = finite && Math.floor(data) === data && Math.abs(data) < 18446744073709551616;
-    const right = kind === 'integer' ? whole : kind === 'number' ? finite : typeof data === kind;
+    const right = typeof data === allowed.kind && (allowed.kind !== 'number' ||
+        (allowed.least <= data && data <= allowed.most && (!allowed.whole || Math.floor(data) === data)));
     found.wrong += right ? 0 : 1;
 }
 
