@@ -2,9 +2,9 @@
 
 Contract: an entry is a folder named by a key, the digest of all inputs of its files (see `export.pipeline`).
 `$DEEPSEEK_CACHE` is the cache's folder (default: `~/.cache/deepseek-deploy`; `off` turns the cache off),
-`$DEEPSEEK_CACHE_GIB` its maximum size (default: 10). Least recently used entries are evicted first. Entries appear by a
-rename, and their digests are checked on every read: a killed build or a damaged file costs a rebuild, never a wrong
-artifact. If two builds need the same entry at once, one makes it and the other waits.
+`$DEEPSEEK_CACHE_GIB` its maximum size, which `deepseek engine` sets for its stages. Least recently used entries are
+evicted first. Entries appear by a rename, and their digests are checked on every read: a killed build or a damaged file
+costs a rebuild, never a wrong artifact. If two builds need the same entry at once, one makes it and the other waits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from deepseek.spec import GateFailed, InputError
+from deepseek.spec import GateFailed
 from deepseek.spec.files.folders import scratch_in
 from export.artifact import human_bytes, publish, sha256
 
 LOCKS = ".lock"
 INDEX = "entry.json"  # digests of the entry's files; its mtime is when the entry was last used
 NOTE = "note.json"  # the only file of an entry that points to another entry
+GIB = "DEEPSEEK_CACHE_GIB"
 STAGE_KEYS = "DEEPSEEK_STAGE_KEYS"  # JSON: keys by part, "" for the stage itself
 
 
@@ -42,15 +43,8 @@ def root() -> Path | None:
 
 
 def limit_bytes() -> int:
-    """Maximum size of the cache; raises InputError if `$DEEPSEEK_CACHE_GIB` is not a number >= 0."""
-    value = os.environ.get("DEEPSEEK_CACHE_GIB") or "10"
-    try:
-        size = float(value)
-    except ValueError:
-        size = -1.0
-    if not 0 <= size < float("inf"):
-        raise InputError(f"CACHE_GIB: seen {value!r}; a number of GiB >= 0 is needed (CACHE=off turns the cache off)")
-    return int(size * 2**30)
+    """Maximum size of the cache."""
+    return int(float(os.environ[GIB]) * 2**30)
 
 
 def stage_key(part: str = "") -> str | None:

@@ -78,7 +78,7 @@ def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(
     program(machine, "docker", DOCKER)
     stage = ("to-tensorrt", "--model", "image", "--precision", "fp16")
     flags = ("--models", str(tmp_path), "--", *stage)
-    run = run_here("tensorrt-container", *flags, DEEPSEEK_DATA="/elsewhere/clicks.csv")
+    run = run_here("tensorrt-container", *flags, DEEPSEEK_DATA="/elsewhere/clicks.csv", DEEPSEEK_CACHE_GIB="20")
     assert run.returncode == 7  # the stage's own
     lines = (tmp_path / "record").read_text().splitlines()
     command = next(line for line in lines if line.startswith("run "))
@@ -87,6 +87,7 @@ def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(
     assert f"--user {os.getuid()}:{os.getgid()}" in command
     assert f"--volume {here}:{here}:ro --volume {build}:{build} --volume {tmp_path}:{tmp_path}:ro" in command
     assert "--env DEEPSEEK_DATA=/elsewhere/clicks.csv" in command
+    assert "--env DEEPSEEK_CACHE_GIB=20" in command
     assert "--volume /elsewhere/clicks.csv:/elsewhere/clicks.csv:ro" in command
     assert command.endswith(f"{image_name('26.10')} python -m cli {' '.join(stage)}")
     assert build.is_dir()

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from cli.options import Number, Option, folder_name, path, path_text, switch
+from cli.options import NOT_NEGATIVE, Number, Option, folder_name, path, path_text, switch
 from deepseek.targets import DEFAULT, TARGETS
 
 JSON = Option("--json", "print the result as JSON", kind=switch)
@@ -17,7 +17,7 @@ CACHE = Option(
     kind=path_text,
     exported=True,
 )
-CACHE_GIB = Option("--cache-gib", "GiB that the cache may hold", kind=float, default=10.0, exported=True)
+CACHE_GIB = Option("--cache-gib", "GiB that the cache may hold", kind=NOT_NEGATIVE, default=10.0, exported=True)
 REPOSITORY = Option("--repository", "folder that Triton reads", kind=path, default="model_repository")
 MODELS = Option("--models", "folder of model folders, here or elsewhere", kind=path, default="models")
 MODEL = (

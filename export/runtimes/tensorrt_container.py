@@ -19,7 +19,7 @@ from pathlib import Path
 
 from deepseek.spec import InputError, build_dir
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
-from export.cache import STAGE_KEYS, root
+from export.cache import GIB, STAGE_KEYS, root
 from export.machine import missing_for_container, output_of
 from export.plan import WITHOUT
 from export.requirements import FILE, requirements_in
@@ -78,7 +78,7 @@ def run_command_line(image: str, models: Path, command: list[str]) -> list[str]:
         *("--user", f"{os.getuid()}:{os.getgid()}"),  # so that the caller owns the files under build/
         *("--env", f"DEEPSEEK_BUILD={build}", "--env", f"DEEPSEEK_DATA={data}", "--env", "HOME=/tmp"),
         *("--env", f"DEEPSEEK_CACHE={cache.resolve() if cache else 'off'}"),
-        *("--env", f"{STAGE_KEYS}={os.environ.get(STAGE_KEYS, '')}"),
+        *(part for name in (GIB, STAGE_KEYS) for part in ("--env", f"{name}={os.environ.get(name, '')}")),
         *("--env", "PYTHONDONTWRITEBYTECODE=1"),
         *("--env", "CUDA_DEVICE_ORDER=PCI_BUS_ID"),  # as nvidia-smi numbers GPUs, and the server
         *("--shm-size", "1g"),  # for PyTorch; Docker's default is 64 MB
