@@ -73,7 +73,7 @@ class Relay:
                     if not (data := source.recv(65536)):
                         return
                     self.pieces += source is near
-                    time.sleep(self.delay_s if source is far else 0)
+                    time.sleep(self.delay_s if source is far and self.pieces else 0)  # not the greeting of gRPC
                     (far if source is near else near).sendall(data)
 
     def cut(self) -> None:

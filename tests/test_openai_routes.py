@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import deepseek_client
@@ -24,6 +25,7 @@ from serving.openai import routes
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import vectors_of
 from serving.openai.metrics import Metrics
+from serving.openai.recommenders import Recommenders
 from serving.openai.routes import Routes
 from serving.openai.text_models import TextModel
 
@@ -59,7 +61,8 @@ async def in_front_of(triton: Any, model: TextModel, metrics: Metrics | None = N
         async def chosen(self, *_: Any, **__: Any) -> TextModel:
             return model
 
-    runner = Routes(Models(), triton, metrics or Metrics()).runner(1)  # type: ignore[arg-type]
+    recommenders = Recommenders(None, Path("nowhere"))  # type: ignore[arg-type]
+    runner = Routes(Models(), triton, metrics or Metrics(), recommenders).runner(1)  # type: ignore[arg-type]
     await runner.setup()
     await openai_process.listen(runner, socket.create_server(("127.0.0.1", 0)))
     yield "127.0.0.1:{1}".format(*runner.addresses[0])
@@ -244,6 +247,21 @@ def test_a_caller_that_takes_no_answer_is_disconnected(
             writer.close()
 
     asyncio.run(asyncio.wait_for(stall(), 60))
+
+
+@pytest.mark.parametrize("path", [b"/v1/embeddings", b"/recommenders/m"])
+def test_a_body_that_does_not_arrive_is_408(path: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "READ_S", 0.1)
+
+    async def status() -> bytes:
+        async with in_front_of(StandIn(), SMALL) as address:
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{" % path)
+            line = await reader.readline()
+            writer.close()
+            return line
+
+    assert b" 408 " in asyncio.run(asyncio.wait_for(status(), 60))
 
 
 @pytest.mark.parametrize(
