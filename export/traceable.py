@@ -78,15 +78,21 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> torch.Tensor:
-    """Bags of one size without padding are a sum, mean or maximum of an embedding; PyTorch's signature."""
+    """Bags of one size are a sum, mean or maximum of an embedding, without its padding; PyTorch's signature."""
     if input.is_floating_point():  # the order of old versions
         input, weight = weight, input
-    if input.dim() != 2 or max_norm is not None or padding_idx is not None:
+    if input.dim() != 2 or max_norm is not None:
         bags = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
         return _bags_by_offsets(input, weight, *bags, include_last_offset, padding_idx)
     vectors = torch.nn.functional.embedding(input, weight)  # (B, N, D)
     if per_sample_weights is not None:
         vectors = vectors * per_sample_weights.unsqueeze(-1)
+    if padding_idx is not None:
+        kept = (input != padding_idx % len(weight)).unsqueeze(-1)  # (B, N, 1)
+        if mode == "max":
+            return torch.where(kept.any(1), torch.where(kept, vectors, -torch.inf).amax(1), 0.0)
+        total = torch.where(kept, vectors, 0.0).sum(1)
+        return total if mode == "sum" else total / kept.sum(1).clamp(min=1)
     if mode == "max":
         return vectors.amax(1)
     return vectors.sum(1) if mode == "sum" else vectors.mean(1)

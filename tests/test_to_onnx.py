@@ -130,6 +130,9 @@ def test_the_graph_is_compared_where_forward_takes_another_path(tmp_path: Path) 
     message = r"output 'y' at batch 7 is off by .* looks at a size, the graph has only the path of batch 4: "
     with pytest.raises(GateFailed, match=message):
         export_model(tiny(tmp_path / "other", body=branch.format("2 * y")))
+    body = "y = self.line(x); return y if 8 % (x.shape[0] - 7) == 1 else y + 0"
+    with pytest.raises(InputError, match=r"forward\(x: float32 \[7, 8\]\).*ZeroDivisionError"):
+        export_model(tiny(tmp_path / "zero", body=body))
 
 
 def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: Path) -> None:
@@ -162,6 +165,10 @@ BAGS = {
     "sum": "embedding_bag(ids, self.line.weight, mode='sum')",
     "mean": "embedding_bag(ids, self.line.weight)",
     "max": "embedding_bag(self.line.weight, ids, mode='max')",  # the order of old versions
+    **{
+        f"padded_{mode}": f"embedding_bag(ids, self.line.weight, mode='{mode}', padding_idx=0)"
+        for mode in ("sum", "mean", "max")
+    },
 }
 LOOKS = {
     "causal_mask": "self.encoder(x.view(-1, 4, 2), mask=self.mask).flatten(1)",
