@@ -241,6 +241,7 @@ def test_a_disk_that_fills_during_a_run_ends_it_in_one_line(tiny: tuple[Embedded
         ({"inputs": "shop/evaluation.npz"}, "no such file; build the model first: make engine MODEL=shop"),
         ({"rate_rps": 1e9}, "plans 2000000000 requests"),
         ({"rate_rps": 1e308}, "plans inf requests"),
+        ({"warmup_s": 1e9}, r"plans 80 requests, and 4e\+10 to warm up"),
         ({"users": 3}, "give one of --rate"),
         ({"rate_rps": None, "users": 600}, "at most 512"),
     ],

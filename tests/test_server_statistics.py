@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def test_answers_from_the_cache_are_part_of_the_mean() -> None:
 )
 def test_unknown_times_are_not_split(statistics: dict[str, Any], service_ms: float) -> None:
     assert TimeSplit.of(statistics, service_ms=service_ms) is None
+
+
+def test_counters_that_a_restart_has_set_back_are_unknown() -> None:
+    before, after = ({"1": Counter({"success.count": n, "queue.ns": ns})} for n, ns in ((1000, 9_000), (1500, 8_000)))
+    assert difference(before, after) == {}
+    assert difference({}, after)["success"]["count"] == 1500  # a version that was loaded meanwhile
+
+
+@pytest.mark.parametrize("models", [None, [5], [{"version": "1", "inference_count": "many"}]])
+def test_statistics_of_another_kind_are_unknown(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InferenceClient, "model_statistics", lambda *_: {"model_stats": models})
+    assert fetch("127.0.0.1:9", "http", "m") is None
 
 
 def test_a_real_servers_delay_lies_in_the_model(server: EmbeddedServer) -> None:

@@ -238,6 +238,7 @@ def test_the_curve_contains_the_measurements_of_the_trials(tmp_path: Path) -> No
     assert curve.p99_ms(550) == pytest.approx(30)
     assert curve.queue_ratio(1000) == pytest.approx(0.5)
     assert curve.queue_ratio(50) == pytest.approx(0.2)
+    assert replace(curve, compute=((50.0, 0.0),)).queue_ratio(50) == 0.0
     assert curve.saturation_rps == 1200
     with pytest.raises(InputError, match="needs a rate that holds"):
         ServiceCurve.of(capacity_of(tmp_path, capacity_rps=None))

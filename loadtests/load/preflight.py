@@ -92,11 +92,12 @@ def check_numbers(settings: LoadSettings) -> None:
         )
     if settings.open_loop:
         planned = sum(segment.area for segment in settings.segments)
-        if planned > MOST_REQUESTS or not any(segment.arrivals for segment in settings.segments):
-            what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s" if settings.rate_rps else None
-            raise InputError(
-                f"{what or f'--shape {settings.shape}'} plans {planned:.10g} requests; allowed: 1 to {MOST_REQUESTS}"
-            )
+        warmup = settings.segments[0].rate_rps * settings.warmup_s
+        if planned + warmup > MOST_REQUESTS or not any(segment.arrivals for segment in settings.segments):
+            what = "--replay" if settings.replay else f"--shape {settings.shape}"
+            what = f"--rate {settings.rate_rps:g} for {settings.duration_s:g} s" if settings.rate_rps else what
+            also = f", and {warmup:.10g} to warm up" if warmup > planned else ""
+            raise InputError(f"{what} plans {planned:.10g} requests{also}; allowed: 1 to {MOST_REQUESTS}")
     elif settings.users is not None and settings.mix is None and settings.users < settings.workers:
         raise InputError(f"--users {settings.users} for --workers {settings.workers}: each worker needs at least one")
     elif settings.users is not None and settings.users > (most := settings.max_in_flight or IN_FLIGHT):

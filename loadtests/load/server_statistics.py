@@ -22,7 +22,7 @@ def fetch(url: str, protocol: Literal["grpc", "http"], model: str) -> Statistics
         with InferenceClient(url, protocol, timeout_s=2, retries=0) as client:
             answer = client.model_statistics(model)
         return {version["version"]: _flat(version) for version in answer["model_stats"]}
-    except (InferenceError, KeyError):  # a gateway refuses, or answers with its own page
+    except (InferenceError, AttributeError, LookupError, TypeError, ValueError):  # refused, or not as Triton answers
         return None
 
 
@@ -39,8 +39,9 @@ def _flat(version: dict[str, Any]) -> Counter[str]:
 
 
 def difference(before: Statistics | None, after: Statistics | None) -> dict[str, Any]:
-    """The counts between the two, over all versions that took part; empty if either is None."""
-    if before is None or after is None:
+    """The counts between the two, over all versions that took part; empty if either is None, or if a counter fell
+    because the server was restarted."""
+    if before is None or after is None or any(not before[each] <= after[each] for each in before.keys() & after.keys()):
         return {}
     by_version = {version: after[version] - before.get(version, Counter()) for version in after}
     total = sum(by_version.values(), Counter())

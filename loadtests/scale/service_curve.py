@@ -87,8 +87,9 @@ class ServiceCurve:
         return _at(self.compute, rate_rps)
 
     def queue_ratio(self, rate_rps: float) -> float:
-        """Time in the queue over time in the model."""
-        return self.queue_ms(rate_rps) / self.compute_ms(rate_rps) if self.queue else 0.0
+        """Time in the queue over time in the model; 0 if either is unknown, as for answers from a cache."""
+        compute_ms = self.compute_ms(rate_rps) if self.queue else 0.0
+        return self.queue_ms(rate_rps) / compute_ms if compute_ms else 0.0
 
 
 def _weighed(trial: RateTrial, value: float) -> tuple[float, float, float]:

@@ -18,9 +18,12 @@ MOST_IN_FLIGHT = 8192  # of a worker: below the 10,000 files that Locust lets a 
 
 
 def latency_limits(slo: SloSpec) -> dict[float, float]:
-    """Percentile -> limit in milliseconds, for the objectives at the SLO's own rate."""
-    found = {line.percent: line.limit for line in slo.all_objectives() if line.rate_rps is None}
-    return {percent: limit for percent, limit in found.items() if percent is not None}
+    """Percentile -> tightest limit in milliseconds, for the objectives at the SLO's own rate."""
+    found: dict[float, float] = {}
+    for line in slo.all_objectives():
+        if line.percent is not None and line.rate_rps is None:
+            found[line.percent] = min(line.limit, found.get(line.percent, math.inf))
+    return found
 
 
 def largest_limit_s(*slos: SloSpec) -> float:
