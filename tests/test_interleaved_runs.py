@@ -47,6 +47,7 @@ def plan(*objectives: str, **changes: Any) -> InterleavedPlan:
         ({"rate_rps": 20.0, "slack": 0.25}, 110.0, "20x9, 88x21"),
         ({"rate_rps": 100.0}, 110.0, "100x30"),
         ({}, None, "100x30"),
+        ({"rate_rps": 1e6}, None, "1000000x30"),
     ],
 )
 def test_a_run_holds_one_rate_and_then_one_near_the_capacity(

@@ -61,8 +61,8 @@ def test_the_tightest_of_several_error_limits_applies() -> None:
 def test_rates_samples_and_lines_of_an_slo() -> None:
     assert (bound_rates(SLO), required_rps(SLO), required_rps(SloSpec(p99_ms=5))) == ([200], 200, None)
     assert [seconds_needed(SLO, rate) for rate in (100, 10, 5)] == pytest.approx([2 * 299 / 100, 2 * 299 / 10, 60])
-    assert objective_lines(SLO)[0] == "p99_ms ≤ 50.0 ms"
-    assert objective_lines(SLO)[-3:] == SLO.objectives
+    simple = ("p99_ms ≤ 50.0 ms", "rate_rps ≥ 100.0/s", "max_error_rate ≤ 0.100%")
+    assert objective_lines(SLO) == (*simple, *SLO.objectives)
 
 
 def test_a_trial_is_judged_at_its_own_rate(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cli.options import NOT_NEGATIVE, POSITIVE, Number, Option, at_least, path, 
 from cli.table import Command
 from deepseek.precisions import PRECISIONS
 
+RATE = Number("a number, 0.001 to 1,000,000,", least=0.001, most=1e6)
 TUNE_PAIRS = Number("a whole number from 9 to 200", least=9, most=200, whole=True)
 
 
@@ -126,7 +127,7 @@ REGRESSION = Command(
         REPOSITORY,
         PROTOCOL,
         LOCAL_ROUTE,
-        Option("--rate", "requests/s to compare at (default: the SLO's, or 70 % of the capacity)", kind=POSITIVE),
+        Option("--rate", "requests/s to compare at (default: the SLO's, or 70 % of the capacity)", kind=RATE),
         Option("--pairs", "pairs of runs", kind=at_least(8), default=10),
         DURATION_S,
         _warmup(2.0),

@@ -66,17 +66,17 @@ class InterleavedPlan:
         if capacity_rps is None:
             if asked is None:
                 raise InputError("no rate to measure at: give --rate, or set rate_rps in [slo] of deploy.toml")
-            return f"{asked:g}x{max(1, round(self.duration_s))}"
+            return f"{asked:.15g}x{max(1, round(self.duration_s))}"
         if self.rate_rps is None and (asked is None or asked > BUSIEST * capacity_rps):
             asked = rounded(BUSY * capacity_rps)
         highest = rounded(capacity_rps / (1 + self.slack))
         # A rate that an objective is bound to is one more: the objective does not apply above it.
         rates = {highest, *(rate for rate in bound_rates(self.spec.slo) if rate < highest)} - {asked}
         if not rates:
-            return f"{asked:g}x{max(1, round(self.duration_s))}"
+            return f"{asked:.15g}x{max(1, round(self.duration_s))}"
         latency_s = max(1, round(LATENCY_SHARE * self.duration_s))
         each_s = max(1, round((1 - LATENCY_SHARE) * self.duration_s / len(rates)))
-        return ", ".join([f"{asked:g}x{latency_s}", *(f"{rate:g}x{each_s}" for rate in sorted(rates))])
+        return ", ".join([f"{asked:.15g}x{latency_s}", *(f"{rate:.15g}x{each_s}" for rate in sorted(rates))])
 
     def pairs_in(self, left_s: float) -> int:
         """The number of pairs that fit into the time, at most `pairs`; InputError if too few fit for an interval."""

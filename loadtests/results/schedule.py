@@ -63,8 +63,8 @@ def segments_of(shape: str) -> tuple[Segment, ...]:
         numbers = [0.0] if found is None else [float(each) for each in found.groups("0")]
         if found is None or not max(numbers) < math.inf or not sum(numbers[:2]) or not numbers[2]:
             raise InputError(
-                f"--shape {shape!r}: seen {part.strip()!r}; a segment is RATExSECONDS or RATE-RATExSECONDS, with "
-                'whole seconds above 0, such as "50x30, 50-200x60, 200x30"'
+                f"--shape {shape!r}: seen {part.strip()!r}; a segment is RATExSECONDS or RATE-RATExSECONDS, with a "
+                'rate and whole seconds above 0, such as "50x30, 50-200x60, 200x30"'
             )
         rate_rps, end_rps, duration_s = numbers
         segments.append(

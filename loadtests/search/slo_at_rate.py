@@ -103,6 +103,7 @@ def quality_of(spec: DeploymentSpec, settings: LoadSettings, served: ModelMetada
 
 def objective_lines(slo: SloSpec) -> tuple[str, ...]:
     """The SLO's objectives as text, those of its simple keys (`p99_ms`) first."""
-    simple = [line for line in slo.all_objectives() if line.name in SloSpec.model_fields]
+    every = slo.all_objectives()
+    simple = every[: len(every) - len(slo.objectives)]
     written = (f"{line.name} {SIGNS[line.relation]} {formatted(line.kind, line.limit)}" for line in simple)
     return (*written, *slo.objectives)
