@@ -15,6 +15,9 @@
  * It also keeps a request that asks for classes of an output with strings from ending the server: TopkClassifications
  * (classification.cc) divides by the size of a string, which Triton gives as 0. Then it sees that it has no classes of
  * strings, and says so.
+ *
+ * It also refuses an input without rows and columns. The Python backend drops requests whose rows add up to 0
+ * (ProcessRequests in python_be.cc): they would get no answer, and keep the model's processes when it is unloaded.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -24,7 +27,7 @@
 #include <sys/auxv.h>
 #include <time.h>
 
-enum { FRAME_BYTES = 4096, STRINGS = 13 /* TRITONSERVER_TYPE_BYTES */ };
+enum { FRAME_BYTES = 4096, STRINGS = 13 /* TRITONSERVER_TYPE_BYTES */, INVALID = 3 /* TRITONSERVER_ERROR_INVALID_ARG */ };
 static const int64_t MS = 1000000, SECOND = 1000000000;
 
 typedef int (*clockwait)(pthread_cond_t *, pthread_mutex_t *, clockid_t, const struct timespec *);
@@ -55,6 +58,17 @@ int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, cl
     if (status == 0)
         patience = 0;
     return status == ETIMEDOUT && cut < left ? 0 : status;
+}
+
+void *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int type, const int64_t *shape, uint64_t dims)
+{
+    void *(*original)(void *, const char *, int, const int64_t *, uint64_t) =
+        (void *(*)(void *, const char *, int, const int64_t *, uint64_t))(intptr_t)dlsym(RTLD_NEXT, __func__);
+    void *(*error)(int, const char *) = (void *(*)(int, const char *))(intptr_t)dlsym(RTLD_NEXT, "TRITONSERVER_ErrorNew");
+    for (uint64_t axis = 1; axis < dims && shape[0] == 0; axis++)
+        if (shape[axis] == 0)
+            return error(INVALID, "the batch has no rows; send one at least");
+    return original(request, name, type, shape, dims);
 }
 
 /* The size of a string is 1 for the server's own program, whose other uses of it are for other types. Backends get 0. */
