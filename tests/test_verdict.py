@@ -335,6 +335,8 @@ def test_a_mix_is_judged_model_by_model_and_as_a_whole(
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if line in ("tiny", "other")] == ["tiny", "other"]
     assert "the mix tiny:1,other:1 as a whole" in shown
+    assert judged(model) == 1
+    assert "tiny" not in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize(
