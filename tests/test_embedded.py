@@ -81,6 +81,14 @@ def test_a_stub_that_needs_libpython_gets_this_interpreters(tmp_path: Path, monk
     assert (Path(first) / bundled.name).readlink() == tmp_path / "libpython.so"
 
 
+def test_the_stub_finds_its_packages_by_an_ascii_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own := tmp_path / "Téléchargements" / "bin").mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(own / "python"))
+    first = wheel.environment(tmp_path / "none", tmp_path)["PATH"].split(":")[0]
+    assert first.isascii()
+    assert Path(first).samefile(own)
+
+
 # A process that only SIGKILL ends, as a stub that waits forever for a message from a dead server.
 STUBBORN = """import subprocess
 subprocess.Popen(["sh", "-c", "trap '' HUP INT TERM; sleep 3600; sleep 3600"])

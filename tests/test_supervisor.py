@@ -130,7 +130,7 @@ def test_a_process_killed_while_a_new_version_loads_gets_a_second_try(
 def test_a_process_killed_during_the_start_ends_it_with_one_line(tmp_path: Path) -> None:
     write_model(tmp_path / "repository", "doomed", initialize="import os; os.kill(os.getpid(), 9)")
     with (
-        pytest.raises(GateFailed, match=r"'doomed'.*not healthy; its process was killed, perhaps"),
+        pytest.raises(GateFailed, match=r"'doomed'.*not healthy; its process crashed or was killed, perhaps"),
         EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log"),
     ):
         pass

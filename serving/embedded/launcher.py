@@ -201,7 +201,9 @@ class EmbeddedServer:
     def _start_failure(self, status: int) -> InputError | GateFailed:
         reason = self._in_repository_words(load_failures(self.log_path)).rstrip(".")
         if KILLED in reason:
-            return GateFailed(f"{reason}; its process was killed, perhaps because memory ran out")
+            return GateFailed(
+                f"{reason}; its process crashed or was killed, perhaps for want of memory; see {self.log_path}"
+            )
         return InputError(self._in_repository_words(failure(self.log_path, status)))
 
     def _in_repository_words(self, text: str) -> str:

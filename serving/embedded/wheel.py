@@ -89,8 +89,10 @@ def environment(libraries: Path, scratch: Path) -> dict[str, str]:
         (scratch / "libpython" / bundled.name).symlink_to(system)
         search.insert(0, str(scratch / "libpython"))
     found = {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, search))}
-    # The stub takes its prefix, and so its site-packages, from the first python3 on PATH.
-    found["PATH"] = f"{Path(sys.executable).parent}:{found.get('PATH', '')}"
+    # The stub takes its prefix, and so its site-packages, from the first python3 on PATH. The one for 3.13 reads paths
+    # as ASCII in every locale, and could load no extension module from a folder such as ~/Téléchargements: so, a link.
+    (scratch / "python").symlink_to(Path(sys.executable).parent.parent)
+    found["PATH"] = f"{scratch / 'python' / 'bin'}:{found.get('PATH', '')}"
     found.pop("PYTHONHOME", None)
     found["TMPDIR"] = str(scratch)  # removed with the server
     return found
