@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,16 @@ def test_the_command_writes_the_file_for_the_overlay(
     assert saved == json.loads(capsys.readouterr().out)
     assert (saved["chosen"]["cores"], saved["chosen"]["min_replicas"] >= 2) == (2, True)
     assert (saved["target"], saved["precision"], saved["served_versions"]) == ("onnxruntime", "int8", ["3"])
+
+
+def test_as_many_requests_may_be_late_as_the_slo_lets_fail(tmp_path: Path, measured: tuple[str, ...]) -> None:
+    spec = Path("models/recommender/deploy.toml").read_text()
+    (tmp_path / "models" / "recommender").mkdir(parents=True)
+    errors = 'objectives = ["error_rate < 0.2%"]'
+    (tmp_path / "models" / "recommender" / "deploy.toml").write_text(spec.replace("[slo]", f"[slo]\n{errors}"))
+    with suppress(GateFailed):
+        main(values_of("simulate-scale", *measured, "--models", str(tmp_path / "models"), "--max-replicas", "2"))
+    assert left(tmp_path)["late_allowed"] == 0.002
 
 
 def test_if_no_setting_holds_the_command_names_the_nearest(tmp_path: Path, measured: tuple[str, ...]) -> None:

@@ -217,7 +217,8 @@ def main(args: argparse.Namespace) -> int:
         console.print(f"until decided: looks after {', '.join(seconds)} s")
     for load in loads:
         for warning in () if args.until_decided else limits.too_short(load.settings, load.spec.slo):
-            console.print(f"note: {load.settings.model}: {warning}" if args.mix else f"note: {warning}")
+            whose = f"{load.settings.model}: " if args.mix else ""
+            console.print(f"note: {whose}{warning}", soft_wrap=True)
         console.print(described(load.settings), soft_wrap=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
     if args.worker_of:

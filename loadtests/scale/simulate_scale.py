@@ -32,6 +32,7 @@ from loadtests.scale.service_curve import ServiceCurve
 from loadtests.scale.target_choice import LEAST_REPLICAS, TargetChoice, candidates, choose
 from loadtests.scale.traffic import Shape, read_traffic, shape_of_day
 from loadtests.search.capacity_result import Capacity, capacity_path
+from loadtests.search.slo_at_rate import error_limit_at
 from loadtests.slo.slo_demands import latency_limits
 
 DEFAULT_PEAK = 5.0  # servers
@@ -62,7 +63,10 @@ def main(options: argparse.Namespace) -> None:
     wanted = [each for each in candidates(curve, metrics, peak_pods) if each[2] <= max_replicas]
     if not wanted:
         raise InputError("capacity.json: no run has the time in the queue (a gateway hides it); use --metric rate")
-    late = spec.slo.max_error_rate if options.late is None else options.late
+    late = options.late
+    if late is None:
+        limit = error_limit_at(spec.slo, curve.capacity_rps)
+        late = spec.slo.max_error_rate if limit is None else limit
     shown = track(wanted, "replaying", console=console, transient=True, disable=not console.is_terminal)
     choice = choose(rates, curve, settings, shown, max_replicas=max_replicas, late=late)
     facts = {"traffic": traffic, "margin": options.margin, "setup": asdict(settings)}
