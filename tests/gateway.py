@@ -184,7 +184,7 @@ class Gateway:
         lines = [f"{method} {target} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
         if key != "":
             lines.append(f"Authorization: Bearer {self.key if key is None else key}")
-        if body:
+        if body or method == "POST":
             lines.append(f"Content-Length: {len(body)}")
         return self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 

@@ -102,7 +102,7 @@ TWICE, HALF = "a name occurs twice", "half a surrogate pair"  # of two values, T
         (with_id('"7", "id": "8"'), 400, TWICE),
         (with_id('"7", "parameters": {"priority": 0, "pri\\u006frity": 0}'), 400, TWICE),
         *((with_id(id_), 400, HALF) for id_ in (r'"\ud83d"', r'"\ud83d\\\ude00"', r'"\ude00"')),
-        ("", 400, ""),
+        ("", 400, "Unexpected end of input"),
     ],
     ids=str,
 )  # fmt: skip

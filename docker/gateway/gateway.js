@@ -116,7 +116,7 @@ function flawOfRequest(r) {
     }
     let document, flaw;
     try {
-        const text = body.slice(0, length).toString();
+        const text = length ? body.slice(0, length).toString() : '';  // njs cannot slice an empty buffer
         document = parsed(text);
         const lax = LAX.test(text) && LAX.test(text.replace(STRING, ' '));
         flaw = lax ? 'invalid JSON: a number like 01, .5 or 1.' : flawOfStrings(text.match(STRING) || [], document);
