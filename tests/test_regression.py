@@ -151,7 +151,9 @@ def test_the_rates_share_the_error_that_is_allowed(at_rates: AtRates) -> None:
     ("by_side", "side"), [((0, 6), "candidate"), ((6, 0), "baseline"), ((0, 5), None), ((1, 9), None)]
 )
 def test_a_side_that_alone_makes_the_generator_late_is_a_finding(by_side: tuple[int, int], side: str | None) -> None:
-    found = Comparison(rate_rps=20, rates_rps=(), pairs=8, dropped=("a: late",), dropped_by_side=by_side, rows=())
+    found = Comparison(
+        over="grpc", rate_rps=20, rates_rps=(), pairs=8, dropped=("a: late",), dropped_by_side=by_side, rows=()
+    )
     assert (found.starves, found.verdict) == (side, "inconclusive" if side else "no worse")
 
 
@@ -252,7 +254,11 @@ def test_a_pair_in_which_the_generator_was_the_limit_is_dropped(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate_rps": 25.0}, "measured at 25/s"),
+        ({"rate_rps": 25.0}, "measured at 25/s over grpc"),
+        (
+            {"rate_rps": 20.0, "protocol": "http"},
+            r"measured at 20/s over http, .* at 20/s over grpc; use one rate and one protocol",
+        ),
         ({"rate_rps": None, "users": 2}, "not an open loop"),
         ({"rate_rps": None, "shape": "20-30x10"}, "not an open loop that starts at a steady rate"),
         ({}, "1 runs of the baseline, 0 of the candidate; runs are compared in pairs"),

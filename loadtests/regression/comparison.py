@@ -84,6 +84,8 @@ class ComparisonRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
+    over: str
+    """The protocol, or the OpenAI route."""
     rate_rps: float
     rates_rps: tuple[float, ...]
     """At which both versions were judged by the SLO, ascending."""
@@ -116,9 +118,9 @@ class Comparison:
     def method(self) -> str:
         each = 1 - (1 - CONFIDENCE) / len(self.rows)
         return (
-            f"{self.pairs} pairs of runs. Percentiles: merged HDR histograms of intended latency, failed requests "
-            f"count as slowest. Intervals: expanded percentile bootstrap over whole pairs, {RESAMPLES} draws, "
-            f"{each:.1%} each, so that all {len(self.rows)} hold together at {CONFIDENCE:.0%}."
+            f"{self.pairs} pairs of runs over {self.over}. Percentiles: merged HDR histograms of intended latency, "
+            f"failed requests count as slowest. Intervals: expanded percentile bootstrap over whole pairs, {RESAMPLES} "
+            f"draws, {each:.1%} each, so that all {len(self.rows)} hold together at {CONFIDENCE:.0%}."
         )
 
 
@@ -144,6 +146,7 @@ def compare(
         looks = rows * len(rates)
         found.append(held(*(HeldRates.of(runs, rates, slo, looks) for runs in (baseline, candidate))))
     return Comparison(
+        over=baseline[0].settings.over,
         rate_rps=rate,
         rates_rps=rates,
         pairs=pairs,
@@ -158,11 +161,11 @@ def _rates(runs: Sequence[Run]) -> tuple[float, tuple[float, ...]]:
     for run in runs:
         if not run.settings.open_loop or run.settings.segments[0].end_rps is not None:
             raise InputError(f"{run.folder}: not an open loop that starts at a steady rate; use make loadtest RATE=")
-    rate = runs[0].settings.segments[0].rate_rps
+    rate, over = runs[0].settings.segments[0].rate_rps, runs[0].settings.over
     for run in runs:
-        if run.settings.segments[0].rate_rps != rate:
-            other = run.settings.segments[0].rate_rps
-            raise InputError(f"{run.folder}: measured at {other:g}/s, {runs[0].folder} at {rate:g}/s; use one rate")
+        if (other := (run.settings.segments[0].rate_rps, run.settings.over)) != (rate, over):
+            seen = f"{run.folder}: measured at {other[0]:g}/s over {other[1]}"
+            raise InputError(f"{seen}, {runs[0].folder} at {rate:g}/s over {over}; use one rate and one protocol")
     return rate, tuple(sorted(set.intersection(*(set(run.rates_rps) for run in runs)) - {rate}))
 
 
