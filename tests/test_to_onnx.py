@@ -135,6 +135,14 @@ def test_the_graph_is_compared_where_forward_takes_another_path(tmp_path: Path) 
         export_model(tiny(tmp_path / "zero", body=body))
 
 
+def test_the_error_for_a_row_without_a_key_says_that_it_is_nan(tmp_path: Path) -> None:
+    attention = "torch.nn.functional.scaled_dot_product_attention(y, y, y, torch.full((4, 4), -torch.inf))"
+    with pytest.raises(
+        GateFailed, match=r"off by inf .* NaN or Inf where the other is not: .* let each row keep one key"
+    ):
+        export_model(tiny(tmp_path, body=f"y = x.view(-1, 4, 2); return {attention}.flatten(1)"))
+
+
 def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: Path) -> None:
     source = tiny(tmp_path, toml=FIXED)
     model, rows = source.load(), list(source.rows("evaluation", 12))
@@ -262,6 +270,7 @@ def samples(split):
 """
     result = export_model(tiny(tmp_path, toml=toml, code=code))
     assert len(result["checks"]) == 3
+    assert str(tmp_path).encode() not in Path(result["path"]).read_bytes()  # no lines of model.py, which is not served
     graph = onnx.load(result["path"]).graph
     assert [[value.name for value in side] for side in (graph.input, graph.output)] == [inputs, outputs]
 
@@ -292,9 +301,10 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
         ("return self.lime(x)", "model.py:11: .*AttributeError: 'Tiny' object has no attribute 'lime'"),
         ("return x, x", r"forward returned 2 value\(s\) .* names the outputs y"),
         ("return x.double()", r"output 'y': forward returned float64"),
+        ("return x.bfloat16()", r"output 'y': forward returned bfloat16 \[4, 8\]; deploy.toml says float32"),
         ("return 3", r"forward returned 1 value\(s\) \(int\)"),
     ],
-    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "mean", "operator", "no kernel", "no such type", "an operator without a cause", "rows that mix", "bug", "too many", "dtype", "no tensor"],
+    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "mean", "operator", "no kernel", "no such type", "an operator without a cause", "rows that mix", "bug", "too many", "dtype", "no type of numpy", "no tensor"],
 )  # fmt: skip
 def test_a_forward_that_cannot_be_traced_is_one_error_line(tmp_path: Path, body: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -177,17 +177,15 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
     )
     with _hinted(), user_code(folder_of(spec), what), torch.inference_mode():
         values = in_order(spec, model(*(torch.tensor(inputs[name]) for name in spec.inputs)))  # copies: it may write
-        outputs = {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
-    for name, tensor in spec.outputs.items():
-        sizes = _sizes_of(spec, inputs)
-        expected = _sized(tensor.shape, sizes)
-        if outputs[name].shape != expected or outputs[name].dtype != tensor.dtype:
+    sizes = _sizes_of(spec, inputs)
+    for (name, tensor), value in zip(spec.outputs.items(), values, strict=True):
+        expected, dtype = _sized(tensor.shape, sizes), str(value.dtype).removeprefix("torch.")
+        if value.shape != expected or dtype != tensor.dtype:
             raise InputError(
-                f"{model_py(spec)}: output {name!r}: forward returned {outputs[name].dtype} "
-                f"{list(outputs[name].shape)}; deploy.toml says {tensor.dtype} {list(tensor.shape)}, here "
-                f"{list(expected)}"
+                f"{model_py(spec)}: output {name!r}: forward returned {dtype} {list(value.shape)}; deploy.toml says "
+                f"{tensor.dtype} {list(tensor.shape)}, here {list(expected)}"
             )
-    return outputs
+    return {name: value.numpy(force=True) for name, value in zip(spec.outputs, values, strict=True)}
 
 
 @contextlib.contextmanager
@@ -280,12 +278,23 @@ def check_corners(
             if not worst[name] <= (allowed := tolerance_of(spec, reference)):
                 raise GateFailed(
                     f"{what}: output {name!r} at {sizes_text(sizes)} is off by {worst[name]:.3g} relative to PyTorch; "
-                    f"allowed {allowed:.2g}; if forward's code looks at a size, the graph has only the path of "
-                    f"{sizes_text(traced_sizes(spec))}: compute without that branch, or narrow [axes]; if the cause is "
-                    "the order of sums, set [parity.fp32] in deploy.toml"
+                    f"allowed {allowed:.2g}; {_why_off(spec, worst[name])}"
                 )
         checks.append({"sizes": sizes, "worst_error": worst})
     return checks
+
+
+def _why_off(spec: DeploymentSpec, error: float) -> str:
+    """Causes of an error beyond the tolerance, and what to do."""
+    if math.isinf(error):
+        return (
+            "one of them is NaN or Inf where the other is not: in ONNX, attention of a row whose every key is masked "
+            "is NaN; let each row keep one key"
+        )
+    return (
+        f"if forward's code looks at a size, the graph has only the path of {sizes_text(traced_sizes(spec))}: compute "
+        "without that branch, or narrow [axes]; if the cause is the order of sums, set [parity.fp32] in deploy.toml"
+    )
 
 
 def checked_at(spec: DeploymentSpec, checks: list[dict[str, Any]]) -> str:

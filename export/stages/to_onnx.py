@@ -99,6 +99,8 @@ def onnx_from_torch(
                 f"{model_py(spec)}: ONNX has no scatter_reduce with 'mean', and the exporter writes one without a "
                 "reduction: divide the one with 'sum' by that of ones"
             )
+    for made in program.model.graph.all_nodes():
+        made.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # lines of model.py with this machine's paths
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
     return graph, sizes_of_branches(spec, program.exported_program, traced_sizes(spec), checked_sizes(spec))
