@@ -14,11 +14,11 @@ import pytest
 
 from cli.main import main
 from deepseek.sizing import presets
-from deepseek.sizing.cost import SERVER_MS, Demand, Serving, bill, measured_serving, p99_limits, predicted_serving
+from deepseek.sizing.cost import SERVER_MS, Demand, Serving, bill, measured_serving, predicted_serving
 from deepseek.sizing.devices import THIS_MACHINE, Device, load_devices, measured_path, read_devices, write_device
 from deepseek.sizing.roofline import predict
 from deepseek.spec import InputError
-from deepseek.spec.objectives import SloSpec
+from deepseek.spec.objectives import SloSpec, p99_limits
 
 SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4"]
 MINE = """[mine]
@@ -257,4 +257,4 @@ def test_objectives_as_the_capacity_search_writes_them_are_read() -> None:
     assert {"capacity_rps", "objectives", "confirmed"} <= Capacity.model_fields.keys()
     lines = SloSpec(p99_ms=80, p50_ms=9.5, rate_rps=100, objectives=("mean_ms < 20",)).all_objectives()
     written = [f"{each.name} {SIGNS[each.relation]} {formatted(each.kind, each.limit)}" for each in lines]
-    assert p99_limits(written) == [80.0]
+    assert p99_limits(written, 50) == [80.0]

@@ -13,7 +13,6 @@ Rules of the prediction; none is fitted:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import InferenceSetup, inference_memory
 from deepseek.sizing.model.counting import Countable
 from deepseek.sizing.roofline import predict
-from deepseek.spec import InputError, Objective
+from deepseek.spec import InputError
 from deepseek.spec.checks import checked
+from deepseek.spec.objectives import p99_limits
 
 HOURS_A_MONTH = 730
 UTILISATION = 0.7
@@ -143,16 +143,3 @@ def measured_serving(path: Path, p99_ms: float) -> Serving | str:
         return f"{path}: measured for {held}, but the limit is {p99_ms:g} ms: set slo.p99_ms and run make capacity"
     confirmed = "" if found.confirmed else "; not confirmed by a longer run"
     return Serving(capacity_rps=found.capacity_rps, note=f"{path}, for p99 <= {min(limits):g} ms{confirmed}")
-
-
-def p99_limits(objectives: Iterable[str], rate_rps: float = 0.0) -> list[float]:
-    """Limits on p99, in ms, that lines of an SLO set at a rate; accepts the notations of deploy.toml and of reports."""
-    found = []
-    for line in objectives:
-        try:
-            objective = Objective.parse(line.replace("≤", "<=").replace("≥", ">="))
-        except ValueError:  # not an objective for latency
-            continue
-        if objective.percent == 99 and (objective.rate_rps is None or objective.rate_rps >= rate_rps):
-            found.append(objective.limit)
-    return found

@@ -239,6 +239,19 @@ def histogram_bounds_ms(p99_ms: float, limits_ms: Iterable[float] = ()) -> list[
     return sorted({round(bound, 6) for bound in (*(share * p99_ms for share in _BOUNDS), *limits_ms)})
 
 
+def p99_limits(objectives: Iterable[str], rate_rps: float) -> list[float]:
+    """Limits on p99, in ms, that lines of an SLO set at a rate; accepts the notations of deploy.toml and of reports."""
+    found = []
+    for line in objectives:
+        try:
+            objective = Objective.parse(line.replace("≤", "<=").replace("≥", ">="))
+        except ValueError:  # not an objective for latency
+            continue
+        if objective.percent == 99 and (objective.rate_rps is None or objective.rate_rps >= rate_rps):
+            found.append(objective.limit)
+    return found
+
+
 class SloSpec(Table):
     """Objectives of the service. `make loadtest verdict` judges them at `rate_rps`."""
 

@@ -6,11 +6,12 @@ Contract: drawn only from `capacity.json` and `tuning.json` (`loadtests.search.c
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from html import escape
 
 from deepseek.spec import ExitCode
+from deepseek.spec.objectives import p99_limits
 from deepseek.svg_chart import Chart, Point
 from loadtests.figures import ms
 from loadtests.report.curves import scale_of
@@ -29,18 +30,9 @@ OUTCOMES = {
 TRIALS_READ = "Rates in requests/s, latencies in ms. ✓ holds, ✕ fails, ? inconclusive."
 
 
-def p99_limit(objectives: Sequence[str]) -> float | None:
-    """The SLO's limit for p99 at every rate in milliseconds; None if no objective sets it."""
-    for text in objectives:
-        found = re.fullmatch(r"p99_ms\s*(?:<=?|≤)\s*([\d.]+)(?:\s*ms)?", text.strip())
-        if found:
-            return float(found[1])
-    return None
-
-
 def latency_by_rate(capacity: Capacity) -> str:
     """p99 of every trial over its rate, with the highest rate that holds."""
-    limit = p99_limit(capacity.objectives)
+    limit = min(p99_limits(capacity.objectives, math.inf), default=None)  # that of every rate
     trials = [trial for trial in capacity.trials if trial.sent]
     seen = [trial.p99_ms for trial in trials if trial.p99_ms is not None]
     rates = [trial.rate_rps for trial in trials]
