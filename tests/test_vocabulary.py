@@ -141,6 +141,11 @@ def test_lists_of_any_length_run_as_one_batch_in_which_a_bad_one_fails_alone(ser
         ({"history": [["a"], ["b"]], "k": k_of(1, 3)}, "k is 1 in one row and 3 in another; send one number for all"),
         ({"history": [["a"]], "seen": SEEN}, "seen history with seen; send one of them"),
         ({"k": k_of(1)}, "input history is missing; send it, or ids as seen"),
+        ({}, "shop: no input; it takes seen (INT64"),
+        (
+            {"history": ["a"]},
+            "the model takes 2: [-1, -1] with the batch first; for a batch of one: [inputs['history']]",
+        ),
         ({"history": [["a"] * 257]}, "history has 257 names in a row; allowed: up to 256"),
         ({"history": [["a"]], "exclude": [NAMES[1:6]]}, "exclude has 5 known items in a row; allowed: up to 4"),
         ({"history": [["a"]] * 9}, "a batch of 9; at most 8 are allowed"),

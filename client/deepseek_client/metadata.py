@@ -157,15 +157,18 @@ class ModelMetadata:
 
     def _batch_hint(self, spec: TensorMetadata, array: np.ndarray) -> str:
         if self.max_batch_size and array.ndim == len(spec.shape) - 1:
-            return f" with the batch first; for a batch of one: inputs[{spec.name!r}][None]"
+            one = "[inputs[{!r}]]" if spec.datatype == "BYTES" else "inputs[{!r}][None]"  # strings may be a list
+            return f" with the batch first; for a batch of one: {one.format(spec.name)}"
         return ""
 
     def _check_batch(self, arrays: list[np.ndarray | None]) -> None:
         sizes = {spec.name: len(array) for spec, array in zip(self.inputs, arrays, strict=True) if array is not None}
+        if not sizes:
+            raise InvalidInput(f"{self.name}: no input; it takes {_listed(self.inputs)}")
         if len(set(sizes.values())) > 1:
             seen = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise InvalidInput(f"{self.name}: batch sizes disagree ({seen}); make the first dimensions equal")
-        size, most = next(iter(sizes.values()), 1), self.max_batch_size
+        size, most = next(iter(sizes.values())), self.max_batch_size
         if most and size > most:
             raise InvalidInput(f"{self.name}: a batch of {size}; at most {most} are allowed: split it")
         if size == 0:

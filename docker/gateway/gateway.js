@@ -220,12 +220,11 @@ function flawOfInput(input) {
         return width === undefined || count * width === parameters.binary_data_size ? '' : `${name}: ${count} values of \
 ${input.datatype}, and ${parameters.binary_data_size} bytes`;
     }
-    const found = { count: 0, wrong: 0 };
-    countValues(input.data, allowedIn(input.datatype), found);
-    if (!Array.isArray(input.data) || found.wrong) {
+    const found = countOf(input.data, allowedIn(input.datatype));
+    if (!Array.isArray(input.data) || isNaN(found)) {
         return `${name}: "data" must be a list of values of ${input.datatype.slice(0, 40)}`;
     }
-    return found.count === count ? '' : `${name}: ${count} values by its shape, ${found.count} in "data"`;
+    return found === count ? '' : `${name}: ${count} values by its shape, ${found} in "data"`;
 }
 
 // The values of a type. Of a larger integer Triton would take the lowest bits, and a larger FP32 as Infinity.
@@ -239,16 +238,13 @@ function allowedIn(datatype) {
     return { kind: 'number', whole: true, least: integer[1] ? 0 : -most - 1, most };
 }
 
-// Counts the values of a nested list, and those that are not allowed.
-function countValues(data, allowed, found) {
+// How many values a nested list has; NaN if one is not allowed.
+function countOf(data, allowed) {
     if (Array.isArray(data)) {
-        data.forEach(each => countValues(each, allowed, found));
-        return;
+        return data.reduce((sum, each) => sum + countOf(each, allowed), 0);
     }
-    found.count += 1;
-    const right = typeof data === allowed.kind && (allowed.kind !== 'number' ||
-        (allowed.least <= data && data <= allowed.most && (!allowed.whole || Math.floor(data) === data)));
-    found.wrong += right ? 0 : 1;
+    const fits = allowed.kind !== 'number' || (allowed.least <= data && data <= allowed.most && (!allowed.whole || Math.floor(data) === data));
+    return typeof data === allowed.kind && fits ? 1 : NaN;
 }
 
 // Header filter of gRPC answers. Unreadable bytes are the caller's fault: INVALID_ARGUMENT instead of the library's INTERNAL.
