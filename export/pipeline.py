@@ -334,12 +334,12 @@ class StageInputs:
 
     def of(self, stage: Stage) -> dict[str, str]:
         """Each input of a stage by its name, with its value or digest."""
-        found = dict(stage.settings)
-        for path in stage.reads:
-            found |= self.files(path)
+        found = dict(stage.settings)  # the first that changed is the reason: a key before the files that follow from it
         for key in stage.keys:
             value = _value_at(self._tuned if stage.tuned else self._deploy, key)
             found[f"deploy.toml {key}"] = json.dumps(value, sort_keys=True)
+        for path in stage.reads:
+            found |= self.files(path)
         code = self._sources.of_module(stage.module, stage.leaves_out)
         files, packages, needed = dict(code.files), set(code.packages), set(stage.packages)
         if stage.runs_model:
