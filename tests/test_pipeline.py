@@ -294,7 +294,9 @@ def test_explain_names_the_input_and_builds_nothing(
     assert said[3] == f"{'quantize int8':<28} rebuild: deploy.toml precision.max_drop changed from 0.01 to 0.02"
     assert said[4] == f"{SELECT:<28} rebuild: quantize int8 is rebuilt"
     assert engine() == ["quantize int8", *CHOSEN]
-    (tiny / "models" / "tiny" / "deploy.toml").write_text(DEPLOY + "[precision]\nmax_drop = 0.02\ncandidates = ['fp16']\n")
+    (tiny / "models" / "tiny" / "deploy.toml").write_text(
+        DEPLOY + "[precision]\nmax_drop = 0.02\ncandidates = ['fp16']\n"
+    )
     build.main(options_of(tiny, explain=True))
     assert f"{SELECT:<28} rebuild: deploy.toml precision.candidates changed from " in capsys.readouterr().out
 
