@@ -85,6 +85,8 @@ def test_one_replica_that_is_ready_makes_the_service_ready(relays: MakeRelays, f
             assert [client.ready("add_one") for _ in range(8)] == [True] * 8
         with client_of([other], "http") as client:
             assert not client.ready("add_one")
+        with client_of([other, "127.0.0.1:1"] if first else ["127.0.0.1:1", other], "http") as client:
+            assert not client.ready("add_one")
 
 
 def test_a_busy_replica_is_avoided_but_not_ejected(server: EmbeddedServer, relays: MakeRelays) -> None:

@@ -152,7 +152,7 @@ LATER = ServerBusy("full", 5.0)
 def test_requests_that_did_not_run_are_retried_with_doubling_waits(
     monkeypatch: pytest.MonkeyPatch, errors: list, options: dict, waits: list[float]
 ) -> None:
-    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    monkeypatch.setattr("random.uniform", lambda least, most: most - least)
     tried, slept, ended, counters = attempts(errors, **options)
     assert (len(tried), ended) == (len(errors) + 1, "answer")
     assert slept == pytest.approx(waits)
@@ -177,7 +177,7 @@ def test_requests_that_did_not_run_are_retried_with_doubling_waits(
 def test_the_number_of_attempts_is_limited(
     monkeypatch: pytest.MonkeyPatch, errors: list, options: dict, tries: int
 ) -> None:
-    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    monkeypatch.setattr("random.uniform", lambda least, most: most - least)
     tried, _, ended, counters = attempts(errors, **options)
     assert len(tried) == tries
     assert ended is errors[tries - 1]
@@ -185,15 +185,16 @@ def test_the_number_of_attempts_is_limited(
 
 
 def test_an_untried_server_is_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    monkeypatch.setattr("random.uniform", lambda least, most: most - least)
     tried, slept, ended, _ = attempts([BUSY, BUSY, BUSY], servers=2)
     assert set(tried[:2]) == {"h0:1", "h1:1"}
     assert (len(tried), slept, ended) == (4, [0.1, 0.2], "answer")
-    assert attempts([BUSY, BUSY], servers=2, timeout_s=1e-9)[2] is BUSY  # no time is left for the other server
+    tried, _, ended, _ = attempts([BUSY, BUSY], servers=2, timeout_s=1e-9)  # no time is left for the other server
+    assert (len(tried), ended) == (1, BUSY)
 
 
 def test_a_retry_waits_if_a_hedge_has_tried_the_other_replica(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("random.uniform", lambda least, most: most)
+    monkeypatch.setattr("random.uniform", lambda least, most: most - least)
     left = [BUSY] * 4
 
     async def attempt(replica: Replica, cancel: Any) -> str:
@@ -222,6 +223,18 @@ def test_hedges_stay_within_the_budget_and_end_with_the_client() -> None:
     retrier, _ = retrier_of(("h:1",), counters, idempotent=True, hedge_after_ms=5)
     retrier.close()
     assert call() == "answer"
+
+
+@pytest.mark.parametrize(("timeout_s", "after_s"), [(60, 15), (1e-9, 0)])
+def test_a_percentile_of_few_calls_is_a_share_of_the_time_left(timeout_s: float, after_s: float) -> None:
+    async def attempt(replica: Replica, cancel: Any) -> str:
+        return "answer"
+
+    retrier, _ = retrier_of(("h:1",), Counters(), idempotent=True, hedge_after_ms="p90")
+    said = run(retrier.call(attempt, Deadline(timeout_s), "m", hedged=True))
+    found_s = float(said.removeprefix("hedged after ").removesuffix(" s"))
+    assert found_s == pytest.approx(after_s, abs=0.1)
+    assert found_s >= 0
 
 
 def refusal(url: str, protocol: Any, request: PreparedRequest, timeout_s: float) -> ServerBusy:

@@ -62,7 +62,8 @@ def test_a_client_counts_its_calls_and_errors_by_model(server: EmbeddedServer, p
     assert told.replicas == {url_of(server, protocol): True}
 
 
-def test_the_metadata_of_each_model_is_fetched_once() -> None:
+def test_the_metadata_of_each_model_is_fetched_once_if_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek_client.core.MOST_METADATA", 2)
     fetched: list[str] = []
 
     def answer(path: str, body: bytes) -> bytes | None:
@@ -74,6 +75,6 @@ def test_the_metadata_of_each_model_is_fetched_once() -> None:
         return http_json({**SIGNATURE, "name": path.rpartition("/")[2]})
 
     with http_serving(answer) as url, InferenceClient(url, "http") as client:
-        for model in ("a", "b", "a", "b"):
+        for model in ("a", "b", "a", "b", "c", "a"):
             client.infer(model, {"x": np.ones((1, 3), np.float32)})
-    assert fetched == ["/v2/models/a", "/v2/models/b"]
+    assert fetched == [f"/v2/models/{model}" for model in "abca"]

@@ -68,6 +68,8 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "tests/test_client.py",
             "tests/test_client_async.py",
+            "tests/test_client_gateway.py",
+            "tests/test_client_hedging.py",
             "tests/test_client_retry.py",
             "tests/test_client_memory.py",
             "tests/test_client_replicas.py",
