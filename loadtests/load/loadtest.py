@@ -88,7 +88,7 @@ def show(run: Run, console: Console) -> None:
     tokens = f", {run.tokens_per_s:.0f} tokens/s" if run.tokens_per_s else ""
     console.print(f"{counts}; {window.throughput_rps:.1f} answers/s{tokens}")
     for kind, message in window.messages.items():
-        console.print(f"{kind}, for example: {message}")
+        console.print(f"{kind}, for example: {message}", soft_wrap=True)
     for kind, figures in summary(run)["latency"].items():
         shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
         console.print(f"{kind} latency: {shown}")
