@@ -19,6 +19,6 @@ def module_predictor(spec: DeploymentSpec, model: Any) -> Predict:
         with user_code(folder_of(spec), "forward(...) on samples"), torch.inference_mode():
             values = model(*(torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in spec.inputs))
         values = values if isinstance(values, tuple | list) else [values]
-        return {name: value.numpy() for name, value in zip(spec.outputs, values, strict=True)}
+        return {name: value.numpy(force=True) for name, value in zip(spec.outputs, values, strict=True)}
 
     return predict
