@@ -88,8 +88,8 @@ TWICE, HALF = "a name occurs twice", "half a surrogate pair"  # of two values, T
         (text(id="a text: .5, 01, 1."), 200, "embedding"),
         (text(outputs=[{"name": "embedding", "parameters": {"binary_data": True}}]), 200, "embedding"),
         (ids(data=[IDS]), 200, "embedding"),
-        *((with_id(id_), 200, "embedding") for id_ in (r'"\ud83d\ude00"', r'"\\ud83d"', r'"\"id\": : \\"')),
-        *((text(parameters={"x": "?"}).replace('"?"', number), 400, "") for number in ("01", "-01", ".5", "-.5", "1.", "1.e1")),
+        *((with_id(id_), 200, "embedding") for id_ in (r'"\ud83d\ude00"', r'"\\ud83d"', r'"\\\ud83d\ude00\""', r'"\"id\": : \\"')),
+        *((text(parameters={"x": "?"}).replace('"?"', number), 400, "") for number in ("01", "-01", ".5", "-.5", "1.", "1.e1", "1NaN", "Inf1")),
         (ids(shape=[1, 2**40]), 400, "values by its shape"),
         (ids(shape=[2**62, 2**62]), 400, SIZES),
         (ids(shape=[1, -3]), 400, SIZES),
@@ -101,7 +101,7 @@ TWICE, HALF = "a name occurs twice", "half a surrogate pair"  # of two values, T
         (ids(data=[[[[1, 2, 3], 4]]]), 400, "4 in"),
         (with_id('"7", "id": "8"'), 400, TWICE),
         (with_id('"7", "parameters": {"priority": 0, "pri\\u006frity": 0}'), 400, TWICE),
-        *((with_id(id_), 400, HALF) for id_ in (r'"\ud83d"', r'"\ud83d\\\ude00"', r'"\ude00"')),
+        *((with_id(id_), 400, HALF) for id_ in (r'"\ud83d"', r'"\ud83d\\\ude00"', r'"\ude00"', r'"\ud83d\ud83d\ude00"', r'"\ud83dx\ude00"', r'"\"\ud83d"')),
         ("", 400, "Unexpected end of input"),
     ],
     ids=str,
@@ -122,6 +122,15 @@ def test_the_gateway_forwards_nan_and_infinity(setting: Setting) -> None:
     assert status == 200, answer
 
 
+MANY = (  # strings, pairs, escapes, quotes, and numbers that JSON does not have
+    ("BYTES", '"a"', 200_000),
+    ("BYTES", '"' + r"\u00e9\ud83d\ude00" * 100_000 + '"', 1),
+    ("BYTES", '"' + r"\\" * 250_000 + r'\u00e9"', 1),
+    ("BYTES", '"' + r"\"" * 250_000 + '"', 1),
+    ("FP32", "NaN", 200_000),
+)
+
+
 def test_large_bodies_are_checked_and_have_their_own_errors(tmp_path: Path) -> None:
     skip_without_nginx()
     text = (
@@ -135,6 +144,12 @@ def test_large_bodies_are_checked_and_have_their_own_errors(tmp_path: Path) -> N
         assert gateway.http(method, path, *lines, body=body)[0] == 503  # there is no server behind the gateway
         assert gateway.http(method, path, *lines, body=body[:-4])[0] == 400
         assert gateway.http(method, path, *lines, body=body * 7)[0] == 413
+        for kind, value, count in MANY:  # njs must not take minutes
+            tensor = f'"name": "x", "datatype": "{kind}", "shape": [{count}], "data": [{", ".join([value] * count)}]'
+            assert gateway.http(method, path, body=f'{{"inputs": [{{{tensor}}}]}}'.encode())[0] == 503
+        names = ", ".join(f'"{number}": 1' for number in range(10_001))
+        answer = gateway.http(method, path, body=f'{{"inputs": [], "parameters": {{{names}}}}}'.encode())
+        assert b"more than 10000 names" in answer[1]
     finally:
         gateway.stop()
 

@@ -81,12 +81,10 @@ function refusal(r) {
 const BYTES_OF = {
     BOOL: 1, UINT8: 1, INT8: 1, UINT16: 2, INT16: 2, FP16: 2, BF16: 2, UINT32: 4, INT32: 4, FP32: 4, UINT64: 8, INT64: 8, FP64: 8,
 };
-const NO_NUMBER = /-?\b(?:NaN|Infinity|Inf)\b/g;  // Triton accepts them, JSON does not
-const LAX = /[[,:\s]-?(?:0\d|\.)|\.\D/;  // numbers that njs's JSON.parse accepts: 01, .5, 1.
-const STRING = /"[^"\\]*(?:\\.[^"\\]*)*"(?:\s*:)?/g;  // with the colon after a name
-const ESCAPED = /\\\\/g;
-const PAIR = /\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}/g;
-const HALF = /\\u[dD][89a-fA-F]/;
+const NO_NUMBERS = ['NaN', 'Infinity', 'Inf'];  // Triton accepts them, JSON does not
+const LAX = /[[,:\s]-?(?:0\d|\.)|\.\D|[\w.](?:NaN|Inf)|(?:NaN|Infinity|Inf(?!inity))\w/;  // what `parsed` accepts: 01, .5, 1., 1NaN
+const MOST_NAMES = 10000;  // in a request; njs takes long for objects with many
+const HIGH = /^[dD][89abAB]/, LOW = /^[dD][c-fC-F]/;  // the halves of a surrogate pair, after \u
 const PARAMETERS = {
     sequence_start: 'boolean', sequence_end: 'boolean', binary_data_output: 'boolean', priority: 'size', timeout: 'size',
     binary_data: 'boolean', binary_data_size: 'size', classification: 'size', shared_memory_region: 'string',
@@ -118,8 +116,7 @@ function flawOfRequest(r) {
     try {
         const text = length ? body.slice(0, length).toString() : '';  // njs cannot slice an empty buffer
         document = parsed(text);
-        const lax = LAX.test(text) && LAX.test(text.replace(STRING, ' '));
-        flaw = lax ? 'invalid JSON: a number like 01, .5 or 1.' : flawOfStrings(text.match(STRING) || [], document);
+        flaw = flawOfText(text, document);
     } catch (error) {
         return `invalid JSON: ${error.message}`;
     }
@@ -128,13 +125,47 @@ function flawOfRequest(r) {
     return flaw || (r.variables.bulk && (sent.priority !== BULK || sent.bulk !== true) ? NOT_BULK : '');
 }
 
-// What JSON.parse accepts and Triton reads differently: of a duplicate name Triton takes the first value, so the check here
-// would see another one than Triton. Half a surrogate pair it cannot read.
-function flawOfStrings(strings, document) {
-    if (strings.filter(each => each.endsWith(':')).length !== namesIn(document)) {
-        return 'a name occurs twice';
+// Whether the character after it is escaped: an odd number of backslashes.
+function endsEscaped(piece) {
+    let start = piece.length;
+    while (start && piece[start - 1] === '\\') {
+        start -= 1;
     }
-    return strings.some(each => each.includes('\\u') && HALF.test(each.replace(ESCAPED, ' ').replace(PAIR, ' '))) ? 'half a surrogate pair' : '';
+    return (piece.length - start) % 2 === 1;
+}
+
+// What JSON.parse accepts and Triton reads differently: of a duplicate name Triton takes the first value, so the check here
+// would see another one than Triton. Some numbers, and half a surrogate pair, it cannot read. The text is split at its quotes:
+// a regular expression that matches often looks at the rest of the text each time, which takes minutes for a few MB.
+function flawOfText(text, document) {
+    const pieces = text.split('"'), outside = [];
+    let inside = false;
+    pieces.forEach(piece => {
+        if (!inside) {
+            outside.push(piece);
+        }
+        inside = !inside || endsEscaped(piece);
+    });
+    const between = outside.join(' '), names = between.split(':').length - 1;
+    if (LAX.test(between)) {
+        return 'invalid JSON: a number like 01, .5, 1. or 1NaN';
+    }
+    if (names > MOST_NAMES || names !== namesIn(document)) {
+        return names > MOST_NAMES ? `more than ${MOST_NAMES} names` : 'a name occurs twice';
+    }
+    return pieces.some(piece => piece.includes('\\u') && hasHalf(piece)) ? 'half a surrogate pair' : '';
+}
+
+// Whether a piece of a string has half a surrogate pair.
+function hasHalf(piece) {
+    let before = '', isOpen = false, found = false;  // isOpen: `before` is a first half
+    piece.split('\\u').forEach((each, place) => {
+        const isEscape = place > 0 && !endsEscaped(before), isFirst = isEscape && HIGH.test(each);
+        found = found || (isEscape && LOW.test(each)) !== isOpen || (isFirst && each.length > 4);
+        before = each;
+        isOpen = isFirst;
+    });
+    return found || isOpen;
 }
 
 function namesIn(value) {
@@ -147,10 +178,7 @@ function parsed(text) {
     try {
         return JSON.parse(text);
     } catch (error) {
-        if (text.search(NO_NUMBER) < 0) {
-            throw error;
-        }
-        return JSON.parse(text.replace(NO_NUMBER, '0.5'));
+        return JSON.parse(NO_NUMBERS.reduce((changed, each) => changed.split(each).join('0.5'), text));
     }
 }
 
@@ -240,11 +268,15 @@ function allowedIn(datatype) {
 
 // How many values a nested list has; NaN if one is not allowed.
 function countOf(data, allowed) {
-    if (Array.isArray(data)) {
-        return data.reduce((sum, each) => sum + countOf(each, allowed), 0);
+    if (!Array.isArray(data)) {
+        const fits = allowed.kind !== 'number' || (allowed.least <= data && data <= allowed.most && (!allowed.whole || Math.floor(data) === data));
+        return typeof data === allowed.kind && fits ? 1 : NaN;
     }
-    const fits = allowed.kind !== 'number' || (allowed.least <= data && data <= allowed.most && (!allowed.whole || Math.floor(data) === data));
-    return typeof data === allowed.kind && fits ? 1 : NaN;
+    let count = 0;
+    for (let place = 0; place < data.length; place++) {
+        count += countOf(data[place], allowed);
+    }
+    return count;
 }
 
 // Header filter of gRPC answers. Unreadable bytes are the caller's fault: INVALID_ARGUMENT instead of the library's INTERNAL.
