@@ -158,7 +158,7 @@ def test_an_objective_is_parsed_from_one_line(line: str, expected: dict[str, obj
         ("p100_ms < 50", "between 0 and 100"),
         ("p99_ms < 5%", "does not take the unit %"),
         ("p99_ms < 0", "a latency limit must be above 0"),
-        ("error_rate < 5", "at most 1, or 100%"),
+        ("error_rate < 1", "a share must be below 1, or 100%; one per cent is 1%"),
         ("error_rate < 0%", "a share cannot be below 0; to allow no errors: error_rate <= 0"),
         ("p99_ms < 1 * baseline", "only a quality metric"),
         ("p99_ms < 5 @ 0 rps", "a rate must be above 0"),

@@ -127,8 +127,8 @@ def _latency_fault(line: Objective) -> str | None:
 
 
 def _error_rate_fault(line: Objective) -> str | None:
-    if line.limit > 1:
-        return "a share is at most 1, or 100%"
+    if line.limit >= 1:  # 1 would let every request fail
+        return "a share must be below 1, or 100%; one per cent is 1%"
     below_zero = line.limit == 0 and line.relation == "<"
     return "a share cannot be below 0; to allow no errors: error_rate <= 0" if below_zero else None
 
