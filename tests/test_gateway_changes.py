@@ -72,6 +72,14 @@ def test_only_timed_out_requests_are_timed_without_an_answer(gateway: Gateway) -
     assert timed_without_a_model(gateway) == before + 2
 
 
+def test_what_triton_cannot_read_counts_as_the_callers_mistake(gateway: Gateway) -> None:
+    series = 'gateway_requests_total{protocol="http",api="infer",model="",status="400"}'
+    before = gateway.metrics().get(series, 0)
+    answer = gateway.http("POST", INFER, body=json_body().replace(b"[1, ", b"[1.0, "))
+    assert (answer[0], b"Unable to parse 'shape'" in answer[1]) == (500, True)
+    wait_for(lambda: gateway.metrics().get(series, 0) == before + 1)
+
+
 def test_requests_without_a_server_are_counted_by_status_only(closed: EmbeddedServer, tmp_path: Path) -> None:
     with Gateway(tmp_path, limits_of(closed, tmp_path), "127.0.0.1:9", "127.0.0.1:9") as alone:
         assert alone.http("POST", INFER, body=json_body())[0] == 503

@@ -15,7 +15,7 @@ const VALIDITY = /30(?:1e|20|22)(?:170d(?:3\d){12}5a|180f(?:3\d){14}5a)(?:170d((
 const DURATION = 'gateway_request_duration_seconds';
 const BUCKET = /_bucket\{(.*),le="([^"]+)"\}$/;
 const IN_VAIN = /^(?:499|504|4|200)$/;  // callers without an answer: gave up, or timed out; 200: a broken gRPC call
-const NOT_LOADED = 'has no available versions';
+const NOT_LOADED = 'has no available versions', UNREADABLE = 'Unable to parse';
 const MOST_SERIES = 65536;  // more than the 2 MiB of `counts` hold; without a number njs gives 1024
 
 // The entry of the request's key: {name, expires, rate_rps, bulk, hash}; null without a valid key.
@@ -283,7 +283,7 @@ function countOf(data, allowed) {
 // A model that is being reloaded is not the caller's fault: UNAVAILABLE instead of Triton's NOT_FOUND.
 function blame(r) {
     const status = r.headersOut['grpc-status'], message = r.headersOut['grpc-message'] || '';
-    if (status === '13' && message.startsWith('Unable to parse request')) {
+    if (status === '13' && message.startsWith(`${UNREADABLE} request`)) {
         r.headersOut['grpc-status'] = '3';
     } else if (status === '5' && message.includes(NOT_LOADED)) {
         r.headersOut['grpc-status'] = '14';
@@ -291,10 +291,12 @@ function blame(r) {
     }
 }
 
-// The same for an inference over HTTP, with the reason in the body: callers get Triton's 404, counted as 503.
+// The same for an inference over HTTP, with the reason in the body: callers get Triton's 404 and 500, counted as 503 and 400.
 function excused(r, data, flags) {
     if (r.status === 404 && data.toString().includes(NOT_LOADED)) {
-        r.variables.not_loaded = '1';
+        r.variables.counted = '503';
+    } else if (r.status === 500 && data.toString().includes(UNREADABLE)) {
+        r.variables.counted = '400';
     }
     if (data.length) {
         r.done();  // the reason is in the first part of the answer
@@ -336,7 +338,7 @@ function observed(r) {
     const path = MODEL.exec(variables.status === '200' ? variables.request_uri : '');
     const model = variables.answered || (path ? path[1] : '');
     const labels = `protocol="${protocol}",api="${variables.api || 'other'}",model="${model}"`;
-    const status = grpc || (variables.not_loaded ? '503' : variables.status);
+    const status = grpc || variables.counted || variables.status;
     const counts = ngx.shared.counts;
     try {
         counts.incr(`gateway_requests_total{${labels},status="${status}"}`, 1, 0);
