@@ -125,6 +125,14 @@ def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path,
     assert "model.onnx: axis: seen 'lenght'; allowed: length " in plan(*arguments, "--axis", "lenght=8").stderr
 
 
+def test_of_two_ways_to_serve_on_as_many_devices_the_faster_is_chosen(plan: Run) -> None:
+    large = ("--layers", "80", "--hidden", "8192", "--heads", "64", "--max-length", "4096", "--generate")
+    found = json.loads(plan(*large, "--device", "h100", "--json").stdout)["devices"]["h100"]
+    # A pipeline of four needs as many, but a token passes all weights one after the other: 129 GB at 3.35 TB/s.
+    assert (found["serving"]["way"], found["serving"]["devices"]) == ("tensor", 4)
+    assert found["latency_ms"] < 129 / 3.35
+
+
 def test_every_device_of_the_project_has_a_source() -> None:
     devices = load_devices()
     assert {"t4", "v100-16", "a10", "l4", "a100-80", "h100", "b200", "mi300x", "ascend-910b"} <= devices.keys()

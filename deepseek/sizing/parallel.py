@@ -184,17 +184,19 @@ def serving_layouts(model: Countable, setup: InferenceSetup, device: Device) -> 
     return [_fewest(way, device, None) for way in ways]
 
 
-def choose(layouts: Iterable[Layout]) -> Layout | None:
+def choose(
+    layouts: Iterable[Layout], latency_s: Callable[[Layout], float] = lambda layout: layout.sent_s or 0.0
+) -> Layout | None:
     """Chooses one device if the model fits, else the least device time; if that is unknown, the fewest devices and then
-    the least sending time. None if nothing fits."""
+    the least `latency_s`. None if nothing fits."""
     fitting = [layout for layout in layouts if layout.devices is not None]
     if not fitting:
         return None
     timed = all(layout.device_s is not None for layout in fitting)
 
     def cost(layout: Layout) -> tuple[float, ...]:
-        count, sent_s = layout.devices or 0, layout.sent_s or 0.0
-        return (count != 1, layout.device_s or 0.0, count) if timed else (count != 1, count, sent_s)
+        count = layout.devices or 0
+        return (count != 1, layout.device_s or 0.0, count) if timed else (count != 1, count, latency_s(layout))
 
     best = min(fitting, key=cost)
     if best.devices == 1:

@@ -173,7 +173,10 @@ def plan_device(model: AnyModel, request: Request, device: Device) -> DevicePlan
     ways = tuple(training_layouts(model, setup, device))
     precision = precision_of(request, device)
     serving = _serving(request, precision, device)
-    chosen = choose(serving_layouts(model, serving, device))
+    chosen = choose(
+        serving_layouts(model, serving, device),
+        lambda layout: _latency_s(model, request, device, precision, layout)[0] or 0.0,
+    )
     seconds, calibrated = _latency_s(model, request, device, precision, chosen)
     capacity, why = _capacity(model, request, device, precision, chosen)
     paid = bill(request.demand, capacity.capacity_rps, device.price_usd_hour) if request.demand and capacity else None
