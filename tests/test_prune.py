@@ -81,7 +81,13 @@ def image_with(code: str, folder: Path) -> ModelFolder:
 
 
 def test_the_models_own_finetune_runs_and_too_much_loss_publishes_nothing(tmp_path: Path, own_build: Path) -> None:
-    image_with("\ndef finetune(module):\n    module.head.bias.data += 1.0\n", tmp_path)
+    code = """
+_forward = Classifier.forward
+Classifier.forward = lambda self, pixels: dict(zip(("scores", "features"), _forward(self, pixels)))
+def finetune(module):
+    module.head.bias.data += module(torch.zeros(1, 3, 32, 32))["scores"].numel()  # what forward returns, no tuple
+"""
+    image_with(code, tmp_path)
     options = values_of("prune", "--models", str(tmp_path / "models"), "--model", "image")
     with pytest.raises(GateFailed, match=r"pruned by 0\.25, image loses .* of similarity; .* max_drop is 5\.00%"):
         main(options)

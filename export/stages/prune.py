@@ -31,7 +31,7 @@ from deepseek.spec.files.folders import scratch_in
 from deepseek.spec.paired_drop import DropJudgement
 from export.artifact import Stopwatch, human_bytes, pruned_path, pruning_path, publish
 from export.cache import fill, refined, stage_key
-from export.model_folder import ModelFolder
+from export.model_folder import ModelFolder, as_written
 from export.precision.accuracy import check_metric, too_small
 from export.precision.accuracy_budget import Baseline, judged_variant
 from export.precision.calibration import MOST_READ, check_disjoint, disjoint
@@ -124,7 +124,8 @@ def _finetune(source: ModelFolder, module: torch.nn.Module, original: torch.nn.M
     """Fine-tunes in place; returns how."""
     if source.finetune is not None:
         log.print("fine-tuning with model.py's finetune(module)")
-        source.finetune(module)
+        with as_written(module):
+            source.finetune(module)
         module.cpu().eval()
         return "finetune"
     log.print(
