@@ -131,7 +131,7 @@ ALL_IDS = {"ids": IDS, "attention_mask": IDS, "token_type_ids": IDS}
         ({"text": "a"}, "a str; pass a list of texts, or a numpy array"),
         ({"text": ["a"], **ALL_IDS}, "seen text with ids with attention_mask with token_type_ids; allowed: text alone"),
         ({"ids": IDS}, "input attention_mask is missing; allowed: text alone, or ids with attention_mask"),
-        ({}, "request has 0 inputs"),
+        ({}, "no input; it takes ids"),
     ],
     ids=["not UTF-8", "too long", "not a list", "both", "no mask", "nothing"],
 )

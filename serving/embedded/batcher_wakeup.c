@@ -62,12 +62,12 @@ int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, cl
 
 void *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int type, const int64_t *shape, uint64_t dims)
 {
-    void *(*original)(void *, const char *, int, const int64_t *, uint64_t) =
-        (void *(*)(void *, const char *, int, const int64_t *, uint64_t))(intptr_t)dlsym(RTLD_NEXT, __func__);
-    void *(*error)(int, const char *) = (void *(*)(int, const char *))(intptr_t)dlsym(RTLD_NEXT, "TRITONSERVER_ErrorNew");
     for (uint64_t axis = 1; axis < dims && shape[0] == 0; axis++)
         if (shape[axis] == 0)
-            return error(INVALID, "the batch has no rows; send one at least");
+            return ((void *(*)(int, const char *))(intptr_t)dlsym(RTLD_NEXT, "TRITONSERVER_ErrorNew"))(
+                INVALID, "the batch has no rows; send one at least");
+    void *(*original)(void *, const char *, int, const int64_t *, uint64_t) =
+        (void *(*)(void *, const char *, int, const int64_t *, uint64_t))(intptr_t)dlsym(RTLD_NEXT, __func__);
     return original(request, name, type, shape, dims);
 }
 
