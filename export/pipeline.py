@@ -363,7 +363,7 @@ class StageInputs:
         """The file that DATA names, or each file of the folder."""
         data = Path(self._plan.data or "")
         if self._plan.data and data.is_dir():
-            return {f"DATA/{name}": self._digest(path) for name, path in files_in(data).items()}
+            return {"DATA": "a folder"} | {f"DATA/{name}": self._digest(path) for name, path in files_in(data).items()}
         return {"DATA": self._digest(data) if self._plan.data else ABSENT}
 
     def _model_folder(self) -> dict[str, Path]:

@@ -106,11 +106,13 @@ def test_a_second_build_runs_nothing_and_pruning_can_be_turned_on_and_off(engine
     assert not (tiny / "build" / "tiny" / "pruned.safetensors").exists()
 
 
-def test_each_file_of_a_folder_of_data_counts(engine: Run, tiny: Path) -> None:
+def test_each_file_of_a_folder_of_data_counts(engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = tiny / "logs"
     logs.mkdir()
     (logs / "1.csv").write_text("a")
+    engine()
     engine(data=str(logs))
+    assert "train: DATA changed from - to a folder" in capsys.readouterr().out
     assert engine(data=str(logs)) == []
     (logs / "2.csv").write_text("b")
     assert engine(data=str(logs))[0] == "train"
