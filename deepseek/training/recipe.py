@@ -59,6 +59,7 @@ class _EpochSampler(Sampler[int]):
         return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
 
 
+@torch.enable_grad()  # the caller's code may have turned gradients off, as for inference
 def train_model(
     model: nn.Module,
     train_data: Dataset[Any],

@@ -59,10 +59,13 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
         operators = f"{', '.join(COMPUTE_OPS[:-1])} or {COMPUTE_OPS[-1]}"
         if not counts:
             raise GateFailed(f"the graph has no {operators} to run in {config.precision}")
+        why = "be too small to gain (ModelOpt skips sizes under 16)"
+        if config.precision == "fp16":
+            why = "have values too large for it on calibration rows"
         raise GateFailed(
             f"no {operators} of the graph runs in {config.precision} (found: "
-            f"{', '.join(f'{count} in {name}' for name, count in counts.items())}); the layers may be too small to "
-            "gain (ModelOpt skips sizes under 16), or all in keep_high"
+            f"{', '.join(f'{count} in {name}' for name, count in counts.items())}); the layers may {why}, or all be "
+            "in keep_high"
         )
 
 
