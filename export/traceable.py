@@ -108,15 +108,17 @@ def _attention(
 ) -> torch.Tensor:
     """Attention over (B, L, D) is one with a single head; PyTorch's signature.
 
-    A row whose every key is masked is 0. In the exporter's graph it is the mean of all values.
+    A row whose every key is masked is 0. In the exporter's graph it is the mean of all values or NaN. A mask that is
+    added is looked at only if all queries share it, as `nn.MultiheadAttention` makes it of padding.
     """
     if query.dim() == 3:
         mask = attn_mask if attn_mask is None or attn_mask.dim() == 2 else attn_mask.unsqueeze(1)
         return _attention(*(each.unsqueeze(1) for each in (query, key, value)), mask, *rest, **named).squeeze(1)
     found = _attention_of_heads(query, key, value, attn_mask, *rest, **named)
-    if attn_mask is None or attn_mask.dtype != torch.bool:
-        return found
-    return torch.where(attn_mask.any(-1, keepdim=True), found, 0.0)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        rows = attn_mask.shape[-2]  # a SymInt must not be compared: that would be a condition of the graph
+        attn_mask = attn_mask > -torch.inf if isinstance(rows, int) and rows == 1 else None
+    return found if attn_mask is None else torch.where(attn_mask.any(-1, keepdim=True), found, 0.0)
 
 
 def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -208,6 +208,8 @@ def test_attention_with_a_bias_for_each_row_without_heads_or_without_a_key_is_ex
         found = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=bias)
         keyless = heads > heads.mean(-2, keepdim=True)
         found = found + torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=keyless)
+        padding = torch.where(x[:, None, None, :4] > 9, 0.0, -torch.inf)
+        found = found + torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=padding)
         return found.transpose(1, 2).contiguous().view(x.shape[0], 8)"""
     assert len(export_model(tiny(tmp_path, body=body))["checks"]) == 3
 
