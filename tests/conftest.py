@@ -234,7 +234,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
 STAGES = (
     ("to-onnx",),
     ("quantize", "--precision", "fp16"),
-    ("quantize", "--precision", "int8"),
+    ("quantize", "--precision", "int8", "--high-precision", "fp32"),
     ("select-precision",),
     ("publish",),
 )

@@ -231,7 +231,6 @@ def test_a_release_rewrites_the_files_of_a_running_stack_for_its_own_repository_
         (("--repository", "nosuch"), "nosuch: no model in it"),
         (("--model", "x"), "--model 'x': not in "),
         (("--models", "o'brien"), "/o'brien: Compose cannot read '"),
-        (("--models", "caf\udce9"), "/caf\ufffd: Compose cannot read .* not UTF-8"),
         (("--project", "My shop"), "PROJECT: seen 'My shop'; use lower-case letters and digits"),
         (("--triton-tag", "26.07"), "TRITON_TAG: seen 26.07; 26.08 or newer is needed"),
         (("--triton-tag", "x"), "TRITON_TAG: seen 'x'; allowed: a release of NVIDIA's containers, YY.MM"),
@@ -243,6 +242,14 @@ def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], sai
     with pytest.raises(InputError, match=said):
         stack.main(values_of("stack", "--env-file", str(tmp_path / "env"), *words))
     assert not (tmp_path / "env").exists()
+
+
+def test_a_folder_whose_path_is_not_utf_8_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here := tmp_path / "caf\udce9").mkdir()
+    monkeypatch.chdir(here)
+    write_add_one(tmp_path / "repository")
+    with pytest.raises(InputError, match=r"/caf\ufffd/models: Compose cannot read .* not UTF-8"):
+        stack.main(values_of("stack", "--repository", str(tmp_path / "repository"), "--folder", str(tmp_path / "g")))
 
 
 def test_ports_and_name_stay_as_the_env_file_has_them(tmp_path: Path) -> None:

@@ -128,12 +128,7 @@ STAGES = (
             *MODEL,
             Option("--precision", "precision of the new graph", choices=REDUCED, required=True),
             Option("--calibration-data", "real inputs (default: build/<name>/calibration.npz)", kind=path_text),
-            Option(
-                "--high-precision",
-                "precision of the rest (default: fp32 for onnxruntime, else fp16)",
-                choices=get_args(HighPrecision),
-                default=lambda options: TARGETS[options.target].high_precision,
-            ),
+            Option("--high-precision", "precision of the rest", choices=get_args(HighPrecision), default="fp16"),
             Option(
                 "--target",
                 "what will run the graph; trials use its execution provider, or the CPU",
@@ -145,7 +140,7 @@ STAGES = (
         ),
         examples=(
             "deepseek quantize --precision int8",
-            "deepseek quantize --precision int8 --target tensorrt --calibration-data val_dataset.bin",
+            "deepseek quantize --precision int8 --high-precision fp32 --calibration-data val_dataset.bin",
         ),
     ),
     Command(
