@@ -44,7 +44,7 @@ def root() -> Path | None:
 
 def limit_bytes() -> int:
     """Maximum size of the cache."""
-    return int(float(os.environ[GIB]) * 2**30)
+    return int(float(os.environ.get(GIB) or "10") * 2**30)  # unset for a stage, or a check, that `engine` did not start
 
 
 def stage_key(part: str = "") -> str | None:
