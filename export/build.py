@@ -24,7 +24,7 @@ from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.folders import write_whole
 from deepseek.targets import PUBLISHABLE
 from export.artifact import choice_path, pruned_path, pruning_path, refusal
-from export.cache import GIB, STAGE_KEYS, predicted
+from export.cache import STAGE_KEYS, limit_bytes, predicted
 from export.digests import RememberedDigests
 from export.pipeline import Stage, StageInputs, graph_stages, key_of, named, publish_stage, stack_stage, stages_of
 from export.plan import Plan, plan_of
@@ -194,7 +194,7 @@ def build(options: argparse.Namespace, publish: bool = True) -> Plan:
     plan = plan_of(options)
     if publish and plan.not_tensorrt:
         print(f"engine    target {plan.target}, not tensorrt: {plan.not_tensorrt}", flush=True)
-    os.environ[GIB] = str(options.cache_gib)  # also if it is the default
+    limit_bytes()  # a wrong size ends the build before its first stage
     with alone_in_build(plan.model) as lock:
         install(plan.folder, *([INSIDE] if plan.compiler == "inside" else ()))
         builder = Builder(plan)

@@ -2,9 +2,9 @@
 
 Contract: an entry is a folder named by a key, the digest of all inputs of its files (see `export.pipeline`).
 `$DEEPSEEK_CACHE` is the cache's folder (default: `~/.cache/deepseek-deploy`; `off` turns the cache off),
-`$DEEPSEEK_CACHE_GIB` its maximum size, which `deepseek engine` sets for its stages. Least recently used entries are
-evicted first. Entries appear by a rename, and their digests are checked on every read: a killed build or a damaged file
-costs a rebuild, never a wrong artifact. If two builds need the same entry at once, one makes it and the other waits.
+`$DEEPSEEK_CACHE_GIB` its maximum size (default: 10). Least recently used entries are evicted first. Entries appear by a
+rename, and their digests are checked on every read: a killed build or a damaged file costs a rebuild, never a wrong
+artifact. If two builds need the same entry at once, one makes it and the other waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from deepseek.spec import GateFailed
+from deepseek.spec import GateFailed, InputError
 from deepseek.spec.files.folders import scratch_in
 from export.artifact import human_bytes, publish, sha256
 
@@ -43,8 +43,15 @@ def root() -> Path | None:
 
 
 def limit_bytes() -> int:
-    """Maximum size of the cache."""
-    return int(float(os.environ.get(GIB) or "10") * 2**30)  # unset for a stage, or a check, that `engine` did not start
+    """Maximum size of the cache; raises InputError if `$DEEPSEEK_CACHE_GIB` is not a number >= 0."""
+    value = os.environ.get(GIB) or "10"  # as the option's default, for commands without that option
+    try:
+        size = float(value)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < float("inf"):
+        raise InputError(f"CACHE_GIB: seen {value!r}; a number of GiB >= 0 is needed (CACHE=off turns the cache off)")
+    return int(size * 2**30)
 
 
 def stage_key(part: str = "") -> str | None:

@@ -39,7 +39,6 @@ from tests.manifests import VARIANTS
 from tests.warm import LIBRARIES_OF, run_warm
 
 os.environ["DEEPSEEK_CACHE"] = "off"  # each test builds what it needs; tests of the cache use their own
-os.environ["DEEPSEEK_CACHE_GIB"] = "10"
 launcher.EXIT_TIMEOUT_S = 1  # how long Triton waits for idle connections; in tests nothing is in flight by then
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import values_of
-from cli.options import Misuse
+from deepseek.spec import InputError
 from export import cache
 
 
@@ -113,9 +113,10 @@ def test_a_stage_fills_a_folder_once_for_all_later_runs(
 
 
 @pytest.mark.parametrize("value", ["lots", "-1", "nan", "inf"])
-def test_an_invalid_size_is_one_error_line(value: str) -> None:
-    with pytest.raises(Misuse, match=r"--cache-gib: seen .* a number, 0 or more, is needed"):
-        values_of("engine", f"--cache-gib={value}")
+def test_an_invalid_size_is_one_error_line(value: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSEEK_CACHE_GIB", value)
+    with pytest.raises(InputError, match="CACHE_GIB: seen"):
+        cache.limit_bytes()
 
 
 def test_one_of_several_concurrent_builds_makes_what_all_need(place: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_body_that_is_refused_is_invalid_in_the_document_too(
 
 
 def test_of_many_unknown_fields_only_the_first_is_reported() -> None:
-    """All of them in a body of 8 MiB would take seconds and most of a GB."""
+    """To name all fields of a body of 8 MiB would take seconds and most of a GB."""
     for fields in ({"a": 1, "b": 2}, {"inputs": PAIR, "parameters": {"a": 1, "b": 2}}):
         with pytest.raises(ValidationError) as error:
             SimilarityRequest.model_validate(fields)

@@ -54,7 +54,7 @@ def options_of(folder: Path, **changed: Any) -> argparse.Namespace:
     known: dict[str, Any] = {"model": "tiny", "models": folder / "models", "precision": "auto", "target": "onnxruntime"}
     known |= {"prune": None, "data": "", "native": False, "triton_tag": "26.10", "repository": folder / "repository"}
     known |= {"anyway": False, "env_file": folder / "env", "project": None, "gateway_port": None, "host": []}
-    return argparse.Namespace(**known | {"local_ports": None, "explain": False, "cache_gib": 10} | changed)
+    return argparse.Namespace(**known | {"local_ports": None, "explain": False} | changed)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_unknown_times_are_not_split(statistics: dict[str, Any], service_ms: flo
 def test_counters_that_a_restart_has_set_back_are_unknown() -> None:
     before, after = ({"1": Counter({"success.count": n, "queue.ns": ns})} for n, ns in ((1000, 9_000), (1500, 8_000)))
     assert difference(before, after) == {}
-    assert difference({}, after)["success"]["count"] == 1500  # a version that was loaded meanwhile
+    assert difference({}, after)["success"]["count"] == 1500  # a version that was loaded between the two
 
 
 @pytest.mark.parametrize("models", [None, [5], [{"version": "1", "inference_count": "many"}]])

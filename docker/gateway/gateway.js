@@ -255,7 +255,7 @@ ${input.datatype}, and ${parameters.binary_data_size} bytes`;
     return found === count ? '' : `${name}: ${count} values by its shape, ${found} in "data"`;
 }
 
-// The values of a type. Of a larger integer Triton would take the lowest bits, and a larger FP32 as Infinity.
+// The values of a type. Triton would take the lowest bits of a larger integer, and Infinity for a larger FP32.
 function allowedIn(datatype) {
     const integer = /^(U?)INT(8|16|32|64)$/.exec(datatype);
     if (!integer) {
