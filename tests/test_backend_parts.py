@@ -99,8 +99,8 @@ def test_execute_returns_the_answers_of_the_last_part_if_the_batcher_is_woken_in
     assert sent == {request: answers[request] for request in (requests[:1] if returns else requests)}
 
 
-def test_rows_run_in_equal_parts_and_all_at_once_without_a_limit(backend: Any, tmp_path: Path) -> None:
-    for run_rows, ran in ((4, [3, 3, 3]), (16, [9]), (0, [9])):
+def test_rows_run_in_equal_parts_that_are_not_smaller_than_asked_for(backend: Any, tmp_path: Path) -> None:
+    for run_rows, ran in ((3, [3, 3, 3]), (4, [4, 5]), (5, [9]), (0, [9])):
         model = model_of(backend, run_rows, tmp_path)
         (*_, last) = model._responses([Request(*range(9))], model._results)
         assert (model.ran, last) == (ran, {0: {"y": [[each] for each in range(1, 10)]}})

@@ -40,7 +40,7 @@ class Curves:
     slower: float = 1.0
     """Times that a batch takes longer than measured."""
     run_rows: int | None = None
-    """Most rows that run at once, however many are joined; None: all of them."""
+    """Rows of a part, however many are joined; None: all run at once."""
 
     @classmethod
     def measured(cls, conditions: TuneConditions, settings: Iterable[ServingSettings], cores: int) -> Curves | None:

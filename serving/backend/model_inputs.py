@@ -69,17 +69,18 @@ class ModelInputs:
 
 
 def in_parts(
-    feeds: Sequence[Mapping[str, np.ndarray]], most: int, outputs: Sequence[str], run: Run
+    feeds: Sequence[Mapping[str, np.ndarray]], least: int, outputs: Sequence[str], run: Run
 ) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
-    """Joins the rows of requests and runs them in order, in equal parts of up to `most` rows; 0 for no limit.
+    """Joins the rows of requests and runs them in order, in equal parts of at least `least` rows; 0: all in one part.
 
-    Yields the rows of each part, and their outputs by name.
+    A part has less than twice as many, but not fewer: a small part takes longer per row. Yields the rows of each part,
+    and their outputs by name.
     """
     joined = feeds[0]
     if len(feeds) > 1:
         joined = {name: np.concatenate([feed[name] for feed in feeds]) for name in joined}
     count = len(next(iter(joined.values())))
-    parts = -(-count // most) if most else 1
+    parts = max(1, count // least) if least else 1
     for part in range(parts):
         rows = range(part * count // parts, (part + 1) * count // parts)
         taken = {name: array[rows.start : rows.stop] for name, array in joined.items()} if parts > 1 else joined

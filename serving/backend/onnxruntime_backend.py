@@ -4,12 +4,12 @@ Contract: `export.stages.publish` copies this file into a version directory as `
 `deepseek/onnxruntime_session.py`, which opens the session, and the files beside it that it imports. Names and types
 come from `config.pbtxt`. Its parameters: `threads`, intra-op threads of one instance (0 divides the cores among the
 instances); `provider` and `provider_options`, from `[onnxruntime]` in deploy.toml; `left_out`, the ONNX Runtime
-optimizers to turn off; `run_rows`, the most rows that run at once (without it, all); `text`, if callers may send texts
-(`serving/backend/text_requests.py`); `vocabulary`, if they may send names of items
+optimizers to turn off; `run_rows`, the fewest rows of a part (without it, all run at once); `text`, if callers may send
+texts (`serving/backend/text_requests.py`); `vocabulary`, if they may send names of items
 (`serving/backend/vocabulary_requests.py`). ONNXRUNTIME_PROFILE names a folder for operator times.
 
-A batch may run in parts: rows beyond `run_rows`, and texts of different length. A request is answered when its last row
-is computed, so it does not wait for the parts behind it.
+A batch may run in parts: twice `run_rows` or more, and texts of different length. A request is answered when its last
+row is computed, so it does not wait for the parts behind it.
 
 If a part fails, its requests run one by one, so that only a bad request fails. Three mistakes are the caller's and get
 INVALID_ARG (HTTP 400): sizes outside the profile or inconsistent, texts that are too long or not UTF-8, and values that

@@ -8,9 +8,10 @@
  * - it holds none and a request arrives between the two: no instance is free yet, so the request does not wake it.
  *
  * The first wait is recognized by its mutex, which is on the waiting thread's own stack; the second by its half second.
- * The first is cut to a millisecond. The second starts at a millisecond and doubles until the thread is notified. Then the
- * caller checks again, as after any spurious wake-up; this also affects other waits of half a second. All other waits are
- * passed on unchanged.
+ * The first is cut to a quarter of the time waited so far, but at least a millisecond: more wake-ups would take time from
+ * the batch that it waits for. The second starts at a millisecond and doubles until the thread is notified. Then the caller
+ * checks again, as after any spurious wake-up; this also affects other waits of half a second. All other waits are passed on
+ * unchanged.
  *
  * It also keeps a request that asks for classes of an output with strings from ending the server: TopkClassifications
  * (classification.cc) divides by the size of a string, which Triton gives as 0. Then it sees that it has no classes of
@@ -51,7 +52,8 @@ int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, cl
     int holds_none = !holds_a_request && left > 400 * MS && left <= 500 * MS;
     if (holds_none)
         patience = patience == 0 ? MS : patience < 500 * MS ? 2 * patience : patience;
-    int64_t cut = holds_a_request ? MS : holds_none ? patience : left;
+    int64_t quarter = (500 * MS - left) / 4;
+    int64_t cut = holds_a_request ? (quarter > MS ? quarter : MS) : holds_none ? patience : left;
     int64_t nsec = now.tv_nsec + cut;
     struct timespec soon = {.tv_sec = now.tv_sec + nsec / SECOND, .tv_nsec = nsec % SECOND};
     int status = libc_clockwait(condition, mutex, clock, cut < left ? &soon : end);

@@ -8,7 +8,7 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
 
 - `run_rows` is the smallest b that keeps 97 % of the best throughput, n b / (t(b) + s), of all with t(b) <= L / 4. A
   request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four. s is
-  what a batch costs the server beside the model (SERVER_MS). Larger requests run in parts of this size.
+  what a batch costs the server beside the model (SERVER_MS). More rows run in equal parts of at least b.
 - `preferred_batch` is b. For texts, it is the most rows that take up to L / 4. They run in parts of similar length, and
   each is answered when its part is done. More texts need less padding, but raise the tail in an overload (simulated in
   docs/research/2026-11-texts-in-parts.md).
@@ -100,7 +100,7 @@ class BatchingPlan(Table):
     preferred_batch: int | None = None
     """Most rows that Triton joins; None: up to `max_batch`."""
     run_rows: int | None = None
-    """Most rows that run at once; None: all that Triton joins, and all rows of a larger request."""
+    """Fewest rows of a part; None: all that Triton joins run at once, and all rows of a larger request."""
     queue_timeout_ms: int
     max_queue_size: int
     reasons: dict[str, str]
@@ -151,7 +151,7 @@ def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: s
 
 
 def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: float | None) -> tuple[int | None, str]:
-    """The most rows to run at once, and why; None if nothing was measured."""
+    """The fewest rows of a part, and why; None if nothing was measured."""
     most = spec.max_served_batch
     if measured is None:
         return None, "not measured: batches grow to max_batch"
