@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compile
 
 # Waits like the batcher: `slot` with its mutex on the stack, as if it held a request, again and again until half a second
 # is over; `none` for half a second, as if it held none. `other` waits like neither. Prints what each wait returned; 0: it
-# was cut.
+# was cut or notified. The wait after the first time-out is notified once.
 WAITER = r"""
 #include <pthread.h>
 #include <stdio.h>
@@ -29,20 +29,33 @@ WAITER = r"""
 static pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
 static pthread_mutex_t apart = PTHREAD_MUTEX_INITIALIZER;
 extern int pthread_cond_clockwait(pthread_cond_t *, pthread_mutex_t *, clockid_t, const struct timespec *);
+static void *notify(void *mutex)
+{
+    pthread_mutex_lock(mutex); /* which the other thread lets go when it waits */
+    pthread_cond_signal(&condition);
+    pthread_mutex_unlock(mutex);
+    return NULL;
+}
 int main(int count, char **words)
 {
-    int slot = !strcmp(words[1], "slot"), other = !strcmp(words[1], "other");
+    int slot = !strcmp(words[1], "slot"), other = !strcmp(words[1], "other"), status = 0, notified = 0;
     pthread_mutex_t here = PTHREAD_MUTEX_INITIALIZER, *mutex = slot ? &here : &apart;
-    struct timespec end = {0, 0};
+    struct timespec end;
     pthread_mutex_lock(mutex);
-    for (int waits = atoi(words[2]); waits > 0; waits--) {
-        if (!slot || end.tv_sec == 0) {
+    for (int waits = 0; waits < atoi(words[2]); waits++) {
+        if (!slot || waits == 0 || status != 0) {
             clock_gettime(CLOCK_MONOTONIC, &end);
             long long until_ns = end.tv_nsec + 1000000LL * (other ? 300 : 500);
             end.tv_sec += until_ns / 1000000000;
             end.tv_nsec = until_ns % 1000000000;
         }
-        printf("%d ", pthread_cond_clockwait(&condition, mutex, CLOCK_MONOTONIC, &end));
+        if (status != 0 && !notified) {
+            pthread_t thread;
+            pthread_create(&thread, NULL, notify, mutex);
+            notified = 1;
+        }
+        status = pthread_cond_clockwait(&condition, mutex, CLOCK_MONOTONIC, &end);
+        printf("%d ", status);
     }
     return 0;
 }
@@ -67,11 +80,11 @@ def test_only_waits_like_the_batchers_are_cut(wakeup: Path, tmp_path: Path) -> N
         run = subprocess.run([str(waiter), kind, str(waits)], env=environment, check=True, capture_output=True)
         return [int(word) for word in run.stdout.split()]
 
-    slot = returned("slot", 60)
-    cut = slot.count(0)
-    assert slot == [0] * cut + [errno.ETIMEDOUT] * (60 - cut)
-    assert 3 < cut < 40  # longer and longer; 500 if each were a millisecond
-    assert returned("none", 10) == [0] * 9 + [errno.ETIMEDOUT]  # 1, 2, 4 to 256 ms, then half a second
+    for kind in ("slot", "none"):
+        times = returned(kind, 36)
+        first = times.index(errno.ETIMEDOUT)
+        assert 0 < first < 18  # 0.1, 0.2, 0.4 ms and so on: seldom while a batch is computed
+        assert 2 < times.index(errno.ETIMEDOUT, first + 1) - first < 18  # but soon after it was notified
     assert returned("other", 1) == [errno.ETIMEDOUT]
 
 

@@ -8,10 +8,10 @@
  * - it holds none and a request arrives between the two: no instance is free yet, so the request does not wake it.
  *
  * The first wait is recognized by its mutex, which is on the waiting thread's own stack; the second by its half second.
- * The first is cut to a quarter of the time waited so far, but at least a millisecond: more wake-ups would take time from
- * the batch that it waits for. The second starts at a millisecond and doubles until the thread is notified. Then the caller
- * checks again, as after any spurious wake-up; this also affects other waits of half a second. All other waits are passed on
- * unchanged.
+ * Both are cut to the time since the thread was last notified, or since a first wait began, but at least a tenth of a
+ * millisecond. So the batcher soon checks again after it was notified too early, and seldom while a batch is computed, which
+ * would take the core from it. To the caller it is a spurious wake-up; this also affects other waits of half a second. All
+ * other waits are passed on unchanged.
  *
  * It also keeps a request that asks for classes of an output with strings from ending the server: TopkClassifications
  * (classification.cc) divides by the size of a string, which Triton gives as 0. Then it sees that it has no classes of
@@ -42,7 +42,7 @@ __attribute__((constructor)) static void find_libc(void)
 
 int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, clockid_t clock, const struct timespec *end)
 {
-    static __thread int64_t patience; /* this thread's cut for waits of half a second, in ns */
+    static __thread int64_t notified; /* when this thread was last notified, in ns */
     struct timespec now;
     if (clock_gettime(clock, &now) != 0)
         return libc_clockwait(condition, mutex, clock, end);
@@ -50,15 +50,17 @@ int pthread_cond_clockwait(pthread_cond_t *condition, pthread_mutex_t *mutex, cl
     int64_t left = (seconds > 2 ? 2 : seconds) * SECOND + end->tv_nsec - now.tv_nsec;
     int holds_a_request = (uintptr_t)mutex - (uintptr_t)__builtin_frame_address(0) < FRAME_BYTES;
     int holds_none = !holds_a_request && left > 400 * MS && left <= 500 * MS;
-    if (holds_none)
-        patience = patience == 0 ? MS : patience < 500 * MS ? 2 * patience : patience;
-    int64_t quarter = (500 * MS - left) / 4;
-    int64_t cut = holds_a_request ? (quarter > MS ? quarter : MS) : holds_none ? patience : left;
+    if (notified == 0)
+        notified = now.tv_sec * SECOND + now.tv_nsec;
+    int64_t waited = now.tv_sec * SECOND + now.tv_nsec - notified;
+    if (holds_a_request && waited > 500 * MS - left)
+        waited = 500 * MS - left;
+    int64_t cut = holds_a_request || holds_none ? (waited > MS / 10 ? waited : MS / 10) : left;
     int64_t nsec = now.tv_nsec + cut;
     struct timespec soon = {.tv_sec = now.tv_sec + nsec / SECOND, .tv_nsec = nsec % SECOND};
     int status = libc_clockwait(condition, mutex, clock, cut < left ? &soon : end);
-    if (status == 0)
-        patience = 0;
+    if (status == 0 && clock_gettime(clock, &now) == 0)
+        notified = now.tv_sec * SECOND + now.tv_nsec;
     return status == ETIMEDOUT && cut < left ? 0 : status;
 }
 
