@@ -132,7 +132,8 @@ class TrainingConfig:
     warmup_fraction: Share = 0.1
     """Share of all steps over which the learning rate rises linearly from 0; 0: no warm-up."""
     plateau_patience: Natural | None = 3
-    """Epochs without a better validation loss before the learning rate is reduced; None: never reduce it."""
+    """Epochs in a row without a better validation loss that are tolerated: one more reduces the learning rate. None:
+    never reduce it."""
     plateau_factor: PositiveShare = 0.1
     """The learning rate is multiplied by this when it is reduced."""
     clip_norm: Positive | None = 1.0

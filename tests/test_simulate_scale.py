@@ -216,6 +216,7 @@ def test_an_invalid_file_gives_a_one_line_error(tmp_path: Path, text: str, messa
 def test_latencies_that_fall_with_the_rate_are_pooled() -> None:
     assert never_falling([(10, 1.0, 1.0), (30, 2.0, 1.0), (20, 4.0, 3.0)]) == ((10, 1.0), (20, 3.5), (30, 3.5))
     assert never_falling([(10, 3.0, 1.0), (20, 2.0, 1.0), (30, 1.0, 1.0)]) == ((10, 2.0), (20, 2.0), (30, 2.0))
+    assert never_falling([(10, 9.0, 1.0), (20, 5.0, 1.0), (10, 1.0, 3.0)]) == ((10, 3.0), (20, 5.0))  # one was repeated
 
 
 def capacity_of(folder: Path, **changes: Any) -> Capacity:
@@ -237,6 +238,7 @@ def capacity_of(folder: Path, **changes: Any) -> Capacity:
 def test_the_curve_contains_the_measurements_of_the_trials(tmp_path: Path) -> None:
     curve = ServiceCurve.of(capacity_of(tmp_path))
     assert curve.p99_ms(550) == pytest.approx(30)
+    assert (curve.p99_ms(1000), curve.p99_ms(1001)) == (50, math.inf)  # at 1500/s the p99 is a failed request
     assert curve.queue_ratio(1000) == pytest.approx(0.5)
     assert curve.queue_ratio(50) == pytest.approx(0.2)
     assert replace(curve, compute=((50.0, 0.0),)).queue_ratio(50) == 0.0

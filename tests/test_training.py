@@ -86,17 +86,20 @@ def test_equal_seeds_give_equal_weights_and_different_seeds_different_ones() -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "rates"),
+    ("change", "level", "rates"),
     [
         # Two epochs of warm-up (8 steps); the plateau is watched from the end of the second.
-        ({"plateau_patience": 1}, [0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4]),
-        ({"warmup_fraction": 0.0, "plateau_patience": None, "clip_norm": None}, [0.1] * 10),
+        ({"plateau_patience": 1}, 1.0, [0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4]),
+        ({"plateau_patience": 1}, -1.0, [0.05, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4]),
+        ({"warmup_fraction": 0.0, "plateau_patience": None, "clip_norm": None}, 1.0, [0.1] * 10),
     ],
-    ids=["on", "off"],
+    ids=["on", "a negative loss", "off"],
 )
-def test_the_learning_rate_rises_linearly_and_falls_on_a_plateau(change: dict[str, Any], rates: list[float]) -> None:
+def test_the_learning_rate_rises_linearly_and_falls_on_a_plateau(
+    change: dict[str, Any], level: float, rates: list[float]
+) -> None:
     def stuck(model: nn.Module, batch: Any) -> Tensor:
-        return cross_entropy(model, batch) * 0 + 1
+        return cross_entropy(model, batch) * 0 + level
 
     config = settings(**({"max_epochs": 10, "warmup_fraction": 0.2, "learning_rate": 0.1} | change))
     result = train_model(network(), points(), points(1), stuck, config)

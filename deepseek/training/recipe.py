@@ -135,7 +135,7 @@ class _Run:
             self.way.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.raw_optimizer, patience=config.plateau_patience or 0, factor=config.plateau_factor
+            self.raw_optimizer, patience=config.plateau_patience or 0, factor=config.plateau_factor, threshold=0
         )
         self.order = _EpochSampler(len(cast(Sized, train_data)), config.seed)
         self.way.prepare(self.raw_optimizer, self._loader(), validation_data)

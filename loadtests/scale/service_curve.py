@@ -2,7 +2,8 @@
 
 Contract: made from the trials of `build/<model>/capacity.json` and their runs. Three assumptions: latency does not fall
 as the rate rises (measurements that fall are pooled), it is linear between two measured rates, and it is constant below
-the lowest one. Above `saturation_rps` a queue grows, so the curve has no latency there.
+the lowest one. Above `saturation_rps` a queue grows, so the curve has no latency there. If a trial above the capacity
+has no p99, since more than 1 % of its requests failed, the p99 is infinite above the trial before it.
 
 Example:
     curve = ServiceCurve.of(Capacity.load("build/recommender/capacity.json"))
@@ -11,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +32,11 @@ def never_falling(points: Sequence[tuple[float, float, float]]) -> Points:
     """Isotonic regression: the nearest points whose values do not fall; input: rate, value, weight."""
     if not points:
         return ()
-    rates, values, weights = np.array(sorted(points)).T
-    by_rate = dict(zip(rates.tolist(), isotonic_regression(values, weights=weights).x.tolist(), strict=True))
-    return tuple(by_rate.items())
+    rates, place = np.unique([rate for rate, _, _ in points], return_inverse=True)
+    _, values, weights = np.array(points).T
+    total = np.bincount(place, weights)
+    means = np.bincount(place, weights * values) / total  # trials at the same rate are one measurement
+    return tuple(zip(rates.tolist(), isotonic_regression(means, weights=total).x.tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class ServiceCurve:
             )
         parts = [(trial, means) for trial in capacity.trials if (means := _means(trial))]
         return cls(
-            p99=never_falling([_weighed(each, each.p99_ms) for each in capacity.trials if each.p99_ms is not None]),
+            p99=_p99(capacity.trials, capacity.capacity_rps),
             queue=never_falling([_weighed(trial, means["queue"]) for trial, means in parts]),
             compute=never_falling([_weighed(trial, means["compute_infer"]) for trial, means in parts]),
             saturation_rps=max(trial.achieved_rps for trial in capacity.trials),
@@ -90,6 +94,14 @@ class ServiceCurve:
         """Time in the queue over time in the model; 0 if either is unknown, as for answers from a cache."""
         compute_ms = self.compute_ms(rate_rps) if self.queue else 0.0
         return self.queue_ms(rate_rps) / compute_ms if compute_ms else 0.0
+
+
+def _p99(trials: Sequence[RateTrial], capacity_rps: float) -> Points:
+    """The measured p99; infinite from the lowest rate above the capacity at which it fell on failed requests."""
+    failing = [each.rate_rps for each in trials if each.outcome == "fails" and each.p99_ms is None]
+    end_rps = min((rate for rate in failing if rate > capacity_rps), default=math.inf)
+    known = [_weighed(each, each.p99_ms) for each in trials if each.p99_ms is not None and each.rate_rps < end_rps]
+    return never_falling(known) + ((end_rps, math.inf),) * (end_rps < math.inf)
 
 
 def _weighed(trial: RateTrial, value: float) -> tuple[float, float, float]:
