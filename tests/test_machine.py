@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from deepseek.sizing import measure as sizing_measure
 from deepseek.spec import InputError
+from deepseek.spec.machine.cpu import Cpu
 from deepseek.spec.machine.gpus import matching, parse_gpus
+from loadtests.load import measure as load_measure
 from serving.doctor import machine as machine_module
 from serving.doctor.machine import Machine
 
@@ -50,3 +53,12 @@ def test_inside_a_server_image_its_own_release_counts(monkeypatch: pytest.Monkey
     monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "26.11")
     assert Machine.detect(in_container=True).triton_tag == "26.11"
     assert Machine.detect(in_container=True, triton_tag="26.10").triton_tag == "26.10"
+
+
+def test_measurements_count_the_cores_and_the_memory_that_a_container_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (load_measure, sizing_measure):
+        monkeypatch.setattr(module, "this_cpu", lambda: Cpu(model="EPYC", cores=6))
+        monkeypatch.setattr(module, "memory_bytes", lambda: 3 * 2**30)
+    machine = load_measure._machine()
+    assert (machine["cpu"], machine["cores"], machine["memory_gib"]) == ("EPYC", 6, 3.0)
+    assert sizing_measure.instance_threads() == 3

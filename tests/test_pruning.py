@@ -208,6 +208,23 @@ class Joined(nn.Module):
         return self.head(F.relu(self.hidden(joined.flatten(1))))
 
 
+class Sliced(nn.Module):
+    """Works without a unit of the second half, not without one of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.one, self.two, self.head = (
+            nn.Linear(8, 32),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = F.relu(self.up(x))
+        return self.head(F.relu(self.one(both[:, :16]) + self.two(both[:, 16:])))
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "pruned", "left", "reason"),
     [
@@ -216,8 +233,9 @@ class Joined(nn.Module):
         (Joined(), IMAGES, "hidden", "left", "its channels depend on each other"),
         (RotaryBert(), IDS, "up", "attention.query", "its channels cannot be followed"),
         (Recurrent(), torch.randn(4, 6, 8), "up", "first", "its channels cannot be followed"),
+        (Sliced(), torch.randn(4, 8), "one", "up", "its channels depend on each other"),
     ],
-    ids=["attention", "softmax", "joined", "rotary", "recurrent"],
+    ids=["attention", "softmax", "joined", "rotary", "recurrent", "sliced"],
 )
 def test_a_layer_whose_units_cannot_be_removed_is_left_alone_and_named(
     model: nn.Module, inputs: Tensor, pruned: str, left: str, reason: str

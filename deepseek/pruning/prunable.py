@@ -211,10 +211,14 @@ class Prunable:
     # ---- proving and cutting -----------------------------------------------------------------------
 
     def _proved(self, layer: Layer) -> bool:
+        """Whether the model works without the first unit, and without the last: a slice may miss only one of them."""
+        return all(self._works_without(layer, unit) for unit in (0, len(layer.units) - 1))
+
+    def _works_without(self, layer: Layer, unit: int) -> bool:
         traced = (part for part in self.graph.module2node if isinstance(part, nn.Module))
         state = state_of([*self.module.modules(), *traced])
         try:
-            return self.cut({layer: [len(layer.units) // 2]})
+            return self.cut({layer: [unit]})
         except Exception:  # forward fails with fewer units, or torch-pruning does not support it
             return False
         finally:

@@ -8,7 +8,6 @@ in processor time if an instance has one thread. Other load on caches and memory
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
@@ -19,7 +18,7 @@ import numpy as np
 
 from deepseek.sizing.devices import Device
 from deepseek.spec import InputError
-from deepseek.spec.machine.cpu import cpu_model
+from deepseek.spec.machine.cpu import memory_bytes, this_cpu
 
 try:
     import onnx
@@ -35,7 +34,7 @@ CHAIN = 64  # operations in the graph that measures the launch overhead
 
 def measure_machine() -> Device:
     """Measures this machine as a device; takes a few seconds."""
-    cores, threads = len(os.sched_getaffinity(0)), instance_threads()
+    cpu, threads = this_cpu(), instance_threads()
     rates, shares = dict[str, float](), dict[str, float]()
     kinds: tuple[tuple[str, str, str, str, type], ...] = (
         ("fp32", "MatMul", "float", "float", np.float32),
@@ -53,8 +52,8 @@ def measure_machine() -> Device:
         seconds = _graph_s(f"{shapes} {{ y = {product}(x, k) }}", feeds)
         shares[name] = min(1.0, 2.0 * HEADS * TOKENS * TOKENS * HEAD / seconds / 1e12 / rates[name])
     return Device(
-        name=f"{cpu_model()}, {cores} cores",
-        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 2),
+        name=f"{cpu.model}, {cpu.cores} cores",
+        memory_gib=round(memory_bytes() / 2**30, 2),
         bandwidth_gb_s=round(_bandwidth() / 1e9, 2),
         compute_units=threads,
         rates=rates,  # type: ignore[arg-type]
@@ -63,7 +62,7 @@ def measure_machine() -> Device:
         bandwidth_efficiency=1.0,
         launch_us=round(_launch_s() * 1e6, 2),
         elements_g_s=round(_elements_s() / 1e9, 3),
-        instances=max(1, cores // threads),
+        instances=max(1, cpu.cores // threads),
         platform="cpu",
         source=f"measured by make plan MEASURE=1 on {time.strftime('%Y-%m-%d')}, ONNX Runtime, rates as reached",
     )
@@ -87,7 +86,7 @@ def measure_graph(path: Path, batches: Iterable[int], length: int, axes: Mapping
 
 def instance_threads() -> int:
     """Threads of one of two instances that share the cores."""
-    return max(1, len(os.sched_getaffinity(0)) // 2)
+    return max(1, this_cpu().cores // 2)
 
 
 def best_s(run: Callable[[], Any]) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from deepseek.spec import InputError, SloSpec, build_dir
+from deepseek.spec.machine.cpu import this_cpu
 from loadtests.results.settings import ROUTES
 from loadtests.slo.slo_demands import timeout_for
 
@@ -27,7 +27,7 @@ def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
         "timeout_s": timeout_for(args.timeout_s, *slos),
         "max_in_flight": args.max_in_flight,
         "priority": args.priority,
-        "workers": args.workers if args.workers > 0 else len(os.sched_getaffinity(0)),
+        "workers": args.workers if args.workers > 0 else this_cpu().cores,
     }
 
 

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import psutil
 from deepseek_client import ModelMetadata
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
-from deepseek.spec.machine.cpu import cpu_model
+from deepseek.spec.machine.cpu import memory_bytes, this_cpu
 from loadtests.load.child_process import free_ports, our_environment
 from loadtests.load.replay import plan_file
 from loadtests.load.task_metric import of_served
@@ -230,10 +229,11 @@ def _machine() -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for name in ("locust", "grpcio", "tritonclient"):
         versions[name] = importlib.metadata.version(name)
+    cpu = this_cpu()
     return {
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cpu": cpu.model,
+        "cores": cpu.cores,
+        "memory_gib": round(memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "versions": versions,
     }
