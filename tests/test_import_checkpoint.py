@@ -237,17 +237,29 @@ def test_the_lowest_limit_of_the_length_counts(name: str, values: dict[str, int]
     assert Checkpoint.read(tmp_path, "auto").longest == longest
 
 
-def test_the_tokenizer_lower_cases_as_sentence_transformers_does_and_pads_on_the_right(tmp_path: Path) -> None:
+def test_the_tokenizer_lower_cases_and_cuts_as_the_checkpoint_says_and_pads_on_the_right(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "some", "bert")
     path = tmp_path / "some" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_padding(direction="left", length=20)
     tokenizer.save(str(path))
     (tmp_path / "some" / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    (tmp_path / "some" / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
     main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
     found = Tokenizer.from_file(str(tmp_path / "models" / "some" / "checkpoint" / "tokenizer.json"))
     assert found.padding == {**(tokenizer.padding or {}), "direction": "right"}
     assert found.encode("A Text").ids == [*tokenizer.encode("a text").ids[13:], *[0] * 13]
+    assert (found.truncation or {})["direction"] == "left"
+    rows = ModelFolder("some", tmp_path / "models").rows("evaluation", 500)
+    whole = [row for row in rows if row["attention_mask"].sum() == POSITIONS]
+    assert {row["input_ids"][0, -2] for row in whole} == {tokenizer.token_to_id(".")}  # the texts end with a full stop
+
+
+def test_the_types_of_a_pairs_tokens_are_no_input_if_the_tokenizer_leaves_them_out(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "bert", "cross-encoder")
+    assert Checkpoint.read(tmp_path, "auto").token_types
+    (tmp_path / "tokenizer_config.json").write_text('{"model_input_names": ["input_ids", "attention_mask"]}')
+    assert not Checkpoint.read(tmp_path, "auto").token_types
 
 
 def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path) -> None:

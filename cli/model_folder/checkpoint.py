@@ -78,7 +78,7 @@ class Checkpoint:
     normalized: bool
     padding: int
     token_types: bool
-    """Whether token_type_ids is an input: the model has such types, and the task may have pairs of texts."""
+    """Whether token_type_ids is an input: model and tokenizer have such types, and the task may have pairs of texts."""
     longest: int
     """Tokens of the longest text."""
     limits: dict[str, int]
@@ -90,6 +90,8 @@ class Checkpoint:
     prompts: dict[str, str]
     """Beginnings of texts by name; none unless one of them says something."""
     default_prompt: str | None
+    truncation_side: str | None
+    """The side at which transformers cuts long texts, "left" or "right"; None: as tokenizer.json says."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -113,6 +115,8 @@ class Checkpoint:
         prompts, default_prompt = _prompts(folder)
         pooling, pooling_from = _pooling(folder, modules, bool(prompts))
         types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
+        tokenizer = _optional(inside / "tokenizer_config.json")
+        types &= "token_type_ids" in (tokenizer.get("model_input_names") or ["token_type_ids"])
         return cls(
             folder=inside,
             task=task,
@@ -129,6 +133,7 @@ class Checkpoint:
             lower_case=_optional(inside / _sentence_config(inside)).get("do_lower_case") is True,
             prompts=prompts,
             default_prompt=default_prompt,
+            truncation_side=tokenizer.get("truncation_side"),
         )
 
 

@@ -139,7 +139,10 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> int:
 
 
 def _adjust(path: Path, checkpoint: Checkpoint) -> None:
-    """Lower-cases as sentence-transformers does, and pads on the right: positions then do not depend on the batch."""
+    """Lower-cases as sentence-transformers does, and cuts long texts as transformers does.
+
+    Pads on the right: positions then do not depend on the batch.
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(settings)
     if checkpoint.lower_case:
@@ -147,6 +150,10 @@ def _adjust(path: Path, checkpoint: Checkpoint) -> None:
         settings["normalizer"] = {"type": "Sequence", "normalizers": list(steps)}
     if settings.get("padding"):
         settings["padding"]["direction"] = "Right"
+    if checkpoint.truncation_side:
+        usual = {"max_length": checkpoint.longest, "strategy": "LongestFirst", "stride": 0}
+        own = settings.get("truncation") or {}
+        settings["truncation"] = usual | own | {"direction": checkpoint.truncation_side.capitalize()}
     if json.dumps(settings) != before:
         path.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
 

@@ -43,7 +43,7 @@ def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
 def tokenizer() -> Tokenizer:
     """The checkpoint's tokenizer, set to truncate to the longest sequence without padding."""
     loaded = Tokenizer.from_file(str(FOLDER / "checkpoint" / "tokenizer.json"))
-    loaded.enable_truncation(LONGEST)
+    loaded.enable_truncation(LONGEST, direction=(loaded.truncation or {}).get("direction", "right"))
     loaded.no_padding()
     return loaded
 
