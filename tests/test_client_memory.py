@@ -190,6 +190,28 @@ def test_a_restarted_server_gets_new_regions(repository: Path) -> None:
     assert left_behind() == []
 
 
+FORKED = """
+import os, sys
+import numpy as np
+from deepseek_client import InferenceClient
+with InferenceClient(sys.argv[1], "http", shared_memory=True, timeout_s=60) as client:
+    client.infer("fixed", {"x": np.zeros((1, 2, 120_000), np.float32)})
+    (region,) = client._core._replicas.all[0].regions._idle
+    before = region.read("y", 960_000)
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        assert region.read("y", 960_000) == before
+    answer = client.infer("fixed", {"x": np.full((1, 2, 120_000), child, np.float32)})
+    assert answer["y"].max() == child + 1
+    assert client.statistics().models["fixed"].through_shared_memory == 2
+"""
+
+
+def test_a_forked_process_leaves_its_parents_memory_alone(server: EmbeddedServer) -> None:
+    subprocess.run([sys.executable, "-c", FORKED, server.http_url], check=True, timeout=100)
+    assert registered(server) == []
+
+
 def test_a_killed_client_leaves_no_file_behind(server: EmbeddedServer) -> None:
     code = f"""
 import os, signal, numpy as np

@@ -70,8 +70,9 @@ class Instant:
         if seconds >= self._close_at:
             self._retrier[0].close()
 
-    def spawn(self, background: Any) -> None:
+    def spawn(self, background: Any) -> bool:
         """Starts no probe."""
+        return True
 
     async def race(self, first: Any, second: Any, after_s: float) -> str:
         hedge = second()

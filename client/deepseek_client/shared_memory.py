@@ -45,7 +45,8 @@ class Region:
     """Memory under a random name with the process id, and the offsets of its attempt's tensors."""
 
     def __init__(self, size_bytes: int) -> None:
-        self.region = f"deepseek-client-{os.getpid()}-{secrets.token_hex(12)}"
+        self.process = os.getpid()
+        self.region = f"deepseek-client-{self.process}-{secrets.token_hex(12)}"
         self.size_bytes = size_bytes
         self.inputs: Mapping[str, tuple[int, int]] = {}
         self.outputs: Mapping[str, tuple[int, int]] = {}
@@ -115,9 +116,8 @@ class Regions:
         except InferenceError as error:
             if _is_unknown_region(error):
                 region.free()
-                with contextlib.suppress(IndexError):
-                    while True:  # the server was restarted and knows none
-                        self._idle.pop().free()
+                while left := self._pop():  # the server was restarted and knows none
+                    left.free()
                 return await self._transport.send(request, deadline, headers, cancel), False
             was_answered = not isinstance(error, ConnectionLost | DeadlineExceeded)
             (self._give_back if was_answered else self._abandon)(region)
@@ -163,7 +163,8 @@ class Regions:
     def _start_sweeping(self) -> None:
         if self._abandoned and not self._sweeping and not self._closed:
             self._sweeping = True
-            self._concurrency.spawn(self._sweep)
+            if not self._concurrency.spawn(self._sweep):
+                self._sweeping = False  # the next abandoned region tries again
 
     async def _sweep(self) -> None:
         pause_s = FIRST_SWEEP_S
@@ -177,9 +178,8 @@ class Regions:
     async def close(self) -> None:
         """Unregisters all regions; takes at most `CLOSE_TIMEOUT_S` if the server does not answer."""
         self._closed = True
-        with contextlib.suppress(IndexError):
-            while True:
-                self._abandon(self._idle.pop())
+        while region := self._pop():
+            self._abandon(region)
         deadline = Deadline(CLOSE_TIMEOUT_S)
         while self._abandoned and deadline.left_s() > 0:
             await self._unregister_abandoned(deadline)
@@ -193,11 +193,18 @@ class Regions:
 
     def _take_idle(self, size: int) -> Region | None:
         """The region used last; one that is too small is abandoned."""
+        region = self._pop()
+        if region is None or region.size_bytes >= size:
+            return region
+        self._abandon(region)
+        return None
+
+    def _pop(self) -> Region | None:
+        """The region used last. A forked process leaves those of its parent, which still uses them."""
         with contextlib.suppress(IndexError):
-            region = self._idle.pop()
-            if region.size_bytes >= size:
-                return region
-            self._abandon(region)
+            while (region := self._idle.pop()).process != os.getpid():
+                pass
+            return region
         return None
 
     async def _unregister(self, name: str, deadline: Deadline) -> bool:
