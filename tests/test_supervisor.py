@@ -16,7 +16,7 @@ import psutil
 import pytest
 from deepseek_client import InferenceClient, ModelNotReady, ServerError
 
-from deepseek.spec import GateFailed
+from deepseek.spec import GateFailed, InputError
 from serving.embedded import supervisor
 from serving.embedded.launcher import EmbeddedServer
 from serving.embedded.model_control import is_ready
@@ -134,6 +134,21 @@ def test_a_process_killed_during_the_start_ends_it_with_one_line(tmp_path: Path)
         EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log"),
     ):
         pass
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_server_that_crashes_while_it_starts_is_started_once_more(tmp_path: Path, times: int, said: Said) -> None:
+    count = f"import os; n = len(os.listdir({str(tmp_path)!r})); "
+    crash = f"n < {times + 1} and (open({str(tmp_path)!r} + f'/{{n}}', 'w'), os.kill(os.getppid(), 6), os._exit(1))"
+    (tmp_path / "places").mkdir()
+    write_model(tmp_path / "places" / "repository", "crashing", initialize=count + crash, instances=1)
+    ends = pytest.raises(InputError, match="tritonserver was ended by SIGABRT")
+    with (
+        contextlib.nullcontext() if times == 1 else ends,
+        EmbeddedServer(tmp_path / "places" / "repository", **FREE, log_path=tmp_path / "places" / "log") as running,
+    ):
+        assert is_ready(running.http_url)
+    assert said() == "died      tritonserver was ended by SIGABRT while it started; starting it again\n"
 
 
 def test_a_model_that_keeps_dying_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said) -> None:

@@ -37,7 +37,7 @@ from serving.embedded.ports import ReservedPorts
 from serving.embedded.server_process import ServerProcess
 from serving.embedded.stub_processes import StubMonitor
 from serving.embedded.supervisor import Supervisor
-from serving.embedded.triton_log import KILLED, failure, load_failures
+from serving.embedded.triton_log import CRASHES, KILLED, failure, how_it_ended, load_failures
 from serving.embedded.verified_repository import VerifiedRepository
 from serving.embedded.wheel import assemble_backend, environment, parts
 from serving.repository.checks import Finding, engines_behind, models_in
@@ -128,8 +128,7 @@ class EmbeddedServer:
     def __enter__(self) -> EmbeddedServer:
         try:
             self.models = check_repository(self.repository)
-            stubs = self._start()
-            self._wait_until_ready(stubs)
+            stubs = self._started()
             self._ports.release()
             self._supervise(stubs)
         except BaseException:
@@ -139,6 +138,17 @@ class EmbeddedServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _started(self, *, again: bool = True) -> StubMonitor:
+        """Starts a server until it is ready, and `again` if it crashes, as Triton 2.51 may while the cores are busy."""
+        stubs = self._start()
+        if (status := self._wait_until_ready(stubs)) is None:
+            return stubs
+        if not (again and -status in CRASHES):
+            raise self._start_failure(status)
+        say(f"died      tritonserver {how_it_ended(status)} while it started; starting it again")
+        self._end_process()
+        return self._started(again=False)
 
     def _start(self) -> StubMonitor:
         server, libraries, backend, stub = parts()
@@ -183,14 +193,15 @@ class EmbeddedServer:
             flags += ["--trace-config=triton,log-frequency=1"]
         return [*flags, *self._flags]
 
-    def _wait_until_ready(self, stubs: StubMonitor) -> None:
+    def _wait_until_ready(self, stubs: StubMonitor) -> int | None:
+        """None once the server is ready, or its exit status if it ended. Raises InputError after `timeout_s`."""
         began_s = time.monotonic()
         while time.monotonic() - began_s < self.timeout_s:
             if (status := self.poll()) is not None:
-                raise self._start_failure(status)
+                return status
             if is_ready(self.http_url):
                 stubs.list_all()
-                return
+                return None
             time.sleep(0.05)
         raise InputError(
             f"Triton was not ready within {self.timeout_s:g} s; "
@@ -241,7 +252,11 @@ class EmbeddedServer:
             self._process.end()
         if self._supervisor is not None:
             self._supervisor.stop()  # after the server has ended, so that its pending calls fail at once
+        self._end_process()
+
+    def _end_process(self) -> None:
         if self._process is not None:
+            self._process.end()
             self._process.remove_files()
             self._process = None
 

@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 
 # Triton writes this before its stack trace, which takes a minute if the cores are busy.
-CRASHED = re.compile(rb"^Signal \((?:4|6|7|8|11)\) received", re.MULTILINE)
+CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
+CRASHED = re.compile(rb"^Signal \((?:%s)\) received" % b"|".join(b"%d" % each for each in CRASHES), re.MULTILINE)
 # What Triton says when it notices that a process of the Python backend was killed.
 KILLED = "is not healthy"
 

@@ -33,6 +33,7 @@ from serving.repository.version_choice import VersionChoice, choose_versions
 
 _SETTLED_S = 0.1  # a publisher's renames are less than this apart
 Stamp = tuple[tuple[str, int, int, int], ...]  # path, inode, size and modification time of each file
+UNKNOWN: Stamp = ()  # the next look reads the model again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +105,24 @@ class VerifiedRepository:
         """Compares with the repository and yields changes; the folder is up to date before each one."""
         models = {path.name: path for path in model_folders(self.repository)}
         for name in self._stamps.keys() - models.keys():
+            if not _is_gone(self.repository / name):
+                self._say_once(f"warning   {self.repository / name}: cannot be read; what is served keeps serving")
+                continue
             del self._stamps[name]
             if self._hide(name):
                 yield ModelChange(model=name, action="unload")
         for name, model in models.items():
+            before = self._stamps.get(name)
             try:
                 stamp = _stamp(model)
-                if stamp == self._stamps.get(name) or not _settled(model, stamp):
+                if stamp == before or not _settled(model, stamp):
                     continue
                 self._stamps[name] = stamp
                 change = self._follow(model)
-            except OSError:  # it changed during the look
-                self._stamps.pop(name, None)
+            except OSError as error:  # it changed during the look
+                if before == UNKNOWN:  # at the last look too: for example, the disk is full
+                    self._say_once(f"refused   {name}: its files cannot be read or linked: {error}")
+                self._stamps[name] = UNKNOWN
                 continue
             if change:
                 yield change
@@ -198,6 +205,9 @@ class VerifiedRepository:
             f"warning   {config.name}: max_queue_delay_us = {delay_us} is served as 0: with a delay, Triton before "
             "26.08 loses throughput (docs/triton.md)"
         )
+        self._say_once(line)
+
+    def _say_once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
             self._say(line)
@@ -242,6 +252,17 @@ def _remove(path: Path) -> bool:
     if path.is_dir():
         shutil.rmtree(path)
         return True
+    return False
+
+
+def _is_gone(model: Path) -> bool:
+    """Whether a model left the repository; False if that cannot be seen, as on a network disk that does not answer."""
+    try:
+        (model / CONFIG).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return model.parent.is_dir()
+    except OSError:
+        pass
     return False
 
 
