@@ -296,9 +296,10 @@ STACK_IMAGES = ("server", "server-cpu", "gateway", "loadtests")
 
 def stack_stage(plan: Plan, options: argparse.Namespace) -> Stage:
     """The stage that rewrites the env file when the repository, a setting or the certificate changed."""
-    env_file, given = Path(options.env_file), ["--triton-tag", plan.triton_tag]
+    env_file, given = Path(options.env_file), list[str]()
+    tag = plan.triton_tag if plan.compiler else options.triton_tag  # the release that a TensorRT engine needs
     kept = (("--gateway-port", options.gateway_port), ("--local-ports", options.local_ports))
-    for flag, value in (*kept, ("--project", options.project)):
+    for flag, value in (("--triton-tag", tag), *kept, ("--project", options.project)):
         given += [flag, str(value)] if value else []  # otherwise the env file keeps its value
     given += [word for host in options.host or () for word in ("--host", host)]
     settings = " ".join([plan.model, str(plan.repository), str(plan.models), str(build_dir("")), *given[1::2]])

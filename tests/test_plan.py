@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import InputError
-from export import build, plan
+from export import build, pipeline, plan
 from tests.test_pipeline import Run, engine, options_of, tiny
 
 __all__ = ["engine", "tiny"]  # fixtures
@@ -93,3 +93,15 @@ def test_an_engine_is_rebuilt_if_another_tensorrt_would_build_it(tiny: Path) -> 
         stage = next(stage for stage in build.stages_of(builder.plan) if stage.name == "to_tensorrt fp16")
         found.add(builder.keys(stage)[""])
     assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("compiler", "given", "named"), [("", None, ""), ("", "26.09", "26.09"), ("container", None, "26.08")]
+)
+def test_only_an_engine_of_tensorrt_changes_the_release_of_the_stack(
+    tiny: Path, compiler: plan.Compiler, given: str | None, named: str
+) -> None:
+    options = options_of(tiny, triton_tag=given)
+    asked = replace(plan.plan_of(options), compiler=compiler, triton_tag=named or "26.10")
+    command = pipeline.stack_stage(asked, options).command
+    assert command[command.index("--triton-tag") + 1 :][:1] == (named,) if named else "--triton-tag" not in command

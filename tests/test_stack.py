@@ -19,6 +19,7 @@ from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.image_tag import image_tag
+from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack import stack
 from serving.stack.env_file import OWN, setting_before
@@ -84,6 +85,7 @@ def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(
     config.write_text(config.read_text().replace('backend: "python"', changed))
     found = write(tmp_path, "--triton-tag", "26.08")
     assert (found["COMPOSE_FILE"], found["TRITON_TAG"]) == (files, "26.08")
+    assert write(tmp_path)["TRITON_TAG"] == ("26.08" if "gpu" in files else TRITON_TAG)  # an engine needs its release
     assert found["SERVER_TAG"] == image_tag("server" if "gpu" in files else "server-cpu")
     assert Path(found["STACK_REPOSITORY"]) == tmp_path / "repository"
     assert not found["STACK_USER"].startswith("0:")
