@@ -15,6 +15,7 @@ import pytest
 
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, SloSpec
+from deepseek.spec.files.released import last_number
 from loadtests.load.request_log import RequestLog, SentRequest
 from loadtests.release import shadow_load as shadow
 from loadtests.release import switch_over_load as steady
@@ -22,7 +23,7 @@ from loadtests.release.switch_over_load import result_of
 from serving.release import release, rollback
 from serving.release.candidate import Candidate
 from serving.release.gate_commands import CommandResult, error_of, run_json
-from serving.release.history import history, last_number, read, report
+from serving.release.history import history, read, report
 from serving.release.journal import ReleaseJournal, exclusive
 from serving.release.live_server import MOST_RPS, LiveServer, check_live_options
 from serving.release.release import Release
@@ -88,9 +89,9 @@ def test_one_release_at_a_time_and_no_number_serves_twice(tmp_path: Path, monkey
         with pytest.raises(InputError, match="another release or rollback of text is under way"), exclusive("text"):
             pass
         ReleaseJournal(releases, "release", 4, before=3)
-        assert last_number("text", tmp_path / "repository" / "text") == 0  # it never came into the repository
+        assert last_number(tmp_path / "repository" / "text") == 0  # it never came into the repository
         ReleaseJournal(releases, "rollback", 3, before=5)
-    assert last_number("text", tmp_path / "repository" / "text") == 5
+    assert last_number(tmp_path / "repository" / "text") == 5
     assert [record.outcome for record in history("text")] == ["not finished", "not finished"]
 
 

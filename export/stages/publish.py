@@ -40,7 +40,7 @@ from deepseek.spec import (
 from deepseek.spec.deployment import catalogue_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.files.measured_batches import plan_of, read_measured
-from deepseek.spec.files.released import last_fate
+from deepseek.spec.files.released import last_fate, last_number
 from deepseek.spec.files.repository import engine_model, retired, versions_of
 from deepseek.spec.machine.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
@@ -126,9 +126,10 @@ def publish_version(
     model = repository / spec.name
     with alone_in(repository), scratch_in(_staging(spec.name, repository)) as scratch:
         version = _stage(scratch, spec, precision, target, engine, row, model)
-        served = model / str(version - 1)
+        newest = max(versions_of(model), default=0)
+        served = model / str(newest)
         if if_changed and _is_the_same(scratch / str(version), served):
-            return {"path": str(served), "version": version - 1, "precision": precision, "target": target, "new": False}
+            return {"path": str(served), "version": newest, "precision": precision, "target": target, "new": False}
         if not anyway:
             check_fate(spec, scratch / str(version), repository)
         onto_disk(scratch)
@@ -172,7 +173,7 @@ def _stage(
     scratch: Path, spec: DeploymentSpec, precision: Precision, target: Target, engine: Path, row: Row, model: Path
 ) -> int:
     """Lays out version, warm-up and configuration in `scratch`; returns the version number."""
-    version = max(versions_of(model), default=0) + 1
+    version = last_number(model) + 1
     folder = scratch / str(version)
     folder.mkdir()
     front = spec.has_front(target)

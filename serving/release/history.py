@@ -88,15 +88,6 @@ def history(model: str) -> list[ReleaseRecord]:
     return [record for record in found if record is not None]
 
 
-def last_number(model: str, repository_model: Path) -> int:
-    """The highest version number that the repository ever had, so that no number is reused."""
-    used = [newest(repository_model) or 0]
-    for record in history(model):
-        if record.kind == "rollback" or any(step.name == "switch" for step in record.steps):
-            used += [record.version, record.before or 0]
-    return max(used)
-
-
 def report(record: ReleaseRecord, model: str) -> str:
     """The report in Markdown: the steps, and which one decided."""
     decided = record.stopped_in

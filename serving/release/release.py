@@ -23,10 +23,11 @@ from deepseek.spec import (
     InputError,
     InvalidMeasurement,
 )
+from deepseek.spec.files.released import last_number
 from deepseek.spec.files.repository import CONFIG
 from serving.release.candidate import MOST_ATTEMPTS, Candidate
 from serving.release.gate_commands import SteadyLoad
-from serving.release.history import finish, last_number
+from serving.release.history import finish
 from serving.release.journal import Outcome, ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options
 from serving.release.stack_server import check_stack, needs_stack
@@ -145,7 +146,7 @@ def main(options: argparse.Namespace) -> None:
         if newest(model) is not None and not (model / CONFIG).is_file():
             raise InputError(f"{model / CONFIG}: no such file; publish it again: make engine")
         live = LiveServer.find(options, newest(model))
-        number = last_number(options.model, model) + 1
+        number = last_number(model) + 1
         for left in releases.glob("*/candidate"):  # left by a killed release
             shutil.rmtree(left)
         where = str(Path(options.repository).resolve())

@@ -16,6 +16,7 @@ from typing import Any
 from deepseek.spec.command import InputError
 from deepseek.spec.deployment import build_dir
 from deepseek.spec.files.manifest import FileDigest, PublishedManifest
+from deepseek.spec.files.repository import versions_of
 
 JOURNAL, MANIFEST, WITHDRAWN = "journal.jsonl", "manifest.json", "withdrawn"
 
@@ -47,6 +48,18 @@ def manifest_of(folder: Path, before: int | None) -> PublishedManifest | None:
         with suppress(InputError, OSError):
             return PublishedManifest.load(path)
     return None
+
+
+def last_number(model: Path) -> int:
+    """The highest version number that a repository's model ever had, so that no number is reused; 0 for none."""
+    used, repository = [0, *versions_of(model)], str(model.parent.resolve())
+    for folder in record_folders(model.name):
+        head, *rest = journal_lines(folder) or [{}]
+        if head.get("repository", repository) != repository:
+            continue
+        if head.get("kind") == "rollback" or any(line.get("step") == "switch" for line in rest):
+            used += [head["version"], head.get("before") or 0]
+    return max(used)
 
 
 @dataclass(frozen=True, kw_only=True)
