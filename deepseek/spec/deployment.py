@@ -85,20 +85,7 @@ class DeploymentSpec(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> DeploymentSpec:
-        on_inputs = {dim for tensor in self.inputs.values() for dim in tensor.shape if isinstance(dim, str)}
-        for table, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
-            for name, tensor in tensors.items():
-                for dim in tensor.shape:
-                    if isinstance(dim, str) and dim not in self.axes:
-                        raise at(
-                            f"{table}.{name}.shape",
-                            f"seen {dim!r}; axes are {listed(self.axes)}: add [axes.{dim}] with min, opt and max",
-                        )
-                    if isinstance(dim, str) and dim not in on_inputs:
-                        raise at(f"{table}.{name}.shape", f"no input has axis {dim!r}; inputs have {listed(on_inputs)}")
-        for name in self.axes:
-            if name not in on_inputs:
-                raise at(f"axes.{name}", f"no input has this axis; inputs have {listed(on_inputs)}")
+        self._check_axes()
         for name in self.inputs.keys() & self.outputs.keys():
             raise at(f"outputs.{name}", "an input has the same name; give each tensor its own name")
         axis = self.axes[BATCH]  # every shape begins with it
@@ -116,15 +103,35 @@ class DeploymentSpec(Table):
         self._check_max_batch(self.batching, "batching")
         self._check_measures(self.slo, "slo")
         for target in self.targets:
-            for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
-                try:
-                    self._overridden(target, part, table_type)
-                except ValidationError as error:
-                    raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
-            own = self.for_target(target)
-            self._check_max_batch(own.batching, f"targets.{target}.batching")
-            self._check_measures(own.slo, f"targets.{target}.slo")
+            self._check_target(target)
         return self
+
+    def _check_axes(self) -> None:
+        """Checks that each axis of a shape is declared, and that an input has it."""
+        on_inputs = {dim for tensor in self.inputs.values() for dim in tensor.shape if isinstance(dim, str)}
+        for table, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+            for name, tensor in tensors.items():
+                for dim in (dim for dim in tensor.shape if isinstance(dim, str)):
+                    key = f"{table}.{name}.shape"
+                    if dim not in self.axes:
+                        declared = f"axes are {listed(self.axes)}: add [axes.{dim}] with min, opt and max"
+                        raise at(key, f"seen {dim!r}; {declared}")
+                    if dim not in on_inputs:
+                        raise at(key, f"no input has axis {dim!r}; inputs have {listed(on_inputs)}")
+        for name in self.axes:
+            if name not in on_inputs:
+                raise at(f"axes.{name}", f"no input has this axis; inputs have {listed(on_inputs)}")
+
+    def _check_target(self, target: Target) -> None:
+        """Checks the tables of `[targets.<target>]`, and what they make of this spec."""
+        for part, table_type in (("batching", BatchingSpec), ("slo", SloSpec)):
+            try:
+                self._overridden(target, part, table_type)
+            except ValidationError as error:
+                raise at(*first_error(error, table_type, f"targets.{target}.{part}.")) from None
+        own = self.for_target(target)
+        self._check_max_batch(own.batching, f"targets.{target}.batching")
+        self._check_measures(own.slo, f"targets.{target}.slo")
 
     def _check_max_batch(self, batching: BatchingSpec, key: str) -> None:
         """Checks that the engine accepts the batches that Triton forms."""

@@ -84,6 +84,27 @@ def check_text(
     axes: Mapping[str, Axis],
 ) -> None:
     """Raises an error that names the key if a model with these tensors cannot take texts."""
+    _check_filled(text, inputs, axes)
+    axis = text_axis(text, inputs)
+    for name in token_outputs(outputs, axis):
+        _check_token_output(text, outputs, name, axis, axes[axis].min)
+    for name in (TEXT, TOKENS):
+        if name in inputs or name in outputs:
+            raise at("text", f"[text] adds the input {TEXT} and the output {TOKENS}; rename the model's own {name}")
+    if axes[BATCH].min > 1:
+        raise at("text", f"axes.{BATCH}.min is {axes[BATCH].min}; with [text], it must be 1")
+    if text.pairs and (text.dimensions or text.prompts):
+        raise at("text.pairs", "seen true with dimensions or prompts, which are for single texts; remove them")
+    if text.default_prompt is not None and text.default_prompt not in text.prompts:
+        raise at("text.default_prompt", f"seen {text.default_prompt!r}; prompts are {listed(text.prompts)}")
+    if text.dimensions:
+        _check_dimensions(text.dimensions, outputs)
+    if text.max_tokens is not None and not axes[axis].min <= text.max_tokens <= axes[axis].max:
+        raise at("text.max_tokens", f"seen {text.max_tokens}; axis {axis} allows {axes[axis].min} to {axes[axis].max}")
+
+
+def _check_filled(text: TextSpec, inputs: Mapping[str, TensorSpec], axes: Mapping[str, Axis]) -> None:
+    """Checks that the tokenizer fills every input, each with ids of one axis."""
     filled = text.fills(inputs)
     for role, name in filled.items():
         if name not in inputs:
@@ -100,39 +121,36 @@ def check_text(
         if tensor.dtype not in ("int32", "int64") or tensor.shape != (BATCH, axis) or axis not in axes:
             seen = f"{tensor.dtype} {list(tensor.shape)}"
             raise at("text", f'input {name} is {seen}; allowed: int32 or int64, ["{BATCH}", <axis>], one axis for all')
-    for name in token_outputs(outputs, axis):
-        shape = outputs[name].shape
-        if shape[1] != axis or shape.count(axis) > 1:
-            allowed = f'["{BATCH}", "{axis}", ...]; remove [text]: callers then send token ids'
-            raise at("text", f"output {name} is {list(shape)}; allowed with the axis of tokens: {allowed}")
-        if text.pairs:
-            raise at("text.pairs", f"seen true, and output {name} is for each token; such a model takes single texts")
-        if OFFSETS in outputs:
-            raise at("text", f"[text] adds the output {OFFSETS}; rename the model's own {OFFSETS}")
-        if (least := axes[axis].min) > 1:
-            raise at("text", f"axes.{axis}.min is {least}; it must be 1, since output {name} is for each token")
-    for name in (TEXT, TOKENS):
-        if name in inputs or name in outputs:
-            raise at("text", f"[text] adds the input {TEXT} and the output {TOKENS}; rename the model's own {name}")
-    if axes[BATCH].min > 1:
-        raise at("text", f"axes.{BATCH}.min is {axes[BATCH].min}; with [text], it must be 1")
-    if text.pairs and (text.dimensions or text.prompts):
-        raise at("text.pairs", "seen true with dimensions or prompts, which are for single texts; remove them")
-    if text.default_prompt is not None and text.default_prompt not in text.prompts:
-        raise at("text.default_prompt", f"seen {text.default_prompt!r}; prompts are {listed(text.prompts)}")
-    if text.dimensions:
-        sizes = {
-            name: output.shape[1]
-            for name, output in outputs.items()
-            if output.dtype.startswith("float") and len(output.shape) == 2 and isinstance(output.shape[1], int)
-        }
-        if (vector := vector_output(sizes)) is None:
-            needed = f'a float output {EMBEDDING} ["{BATCH}", <size>] is needed'
-            raise at("text.dimensions", f"outputs are {listed(outputs)}; {needed}")
-        if max(text.dimensions) > sizes[vector]:
-            raise at("text.dimensions", f"seen {max(text.dimensions)}; output {vector} has {sizes[vector]} numbers")
-    if text.max_tokens is not None and not axes[axis].min <= text.max_tokens <= axes[axis].max:
-        raise at("text.max_tokens", f"seen {text.max_tokens}; axis {axis} allows {axes[axis].min} to {axes[axis].max}")
+
+
+def _check_token_output(
+    text: TextSpec, outputs: Mapping[str, TensorSpec], name: str, axis: str, least_tokens: int
+) -> None:
+    """Checks an output with a row for each token."""
+    shape = outputs[name].shape
+    if shape[1] != axis or shape.count(axis) > 1:
+        allowed = f'["{BATCH}", "{axis}", ...]; remove [text]: callers then send token ids'
+        raise at("text", f"output {name} is {list(shape)}; allowed with the axis of tokens: {allowed}")
+    if text.pairs:
+        raise at("text.pairs", f"seen true, and output {name} is for each token; such a model takes single texts")
+    if OFFSETS in outputs:
+        raise at("text", f"[text] adds the output {OFFSETS}; rename the model's own {OFFSETS}")
+    if least_tokens > 1:
+        raise at("text", f"axes.{axis}.min is {least_tokens}; it must be 1, since output {name} is for each token")
+
+
+def _check_dimensions(dimensions: tuple[int, ...], outputs: Mapping[str, TensorSpec]) -> None:
+    """Checks that the model has a vector at least as large."""
+    sizes = {
+        name: output.shape[1]
+        for name, output in outputs.items()
+        if output.dtype.startswith("float") and len(output.shape) == 2 and isinstance(output.shape[1], int)
+    }
+    if (vector := vector_output(sizes)) is None:
+        needed = f'a float output {EMBEDDING} ["{BATCH}", <size>] is needed'
+        raise at("text.dimensions", f"outputs are {listed(outputs)}; {needed}")
+    if max(dimensions) > sizes[vector]:
+        raise at("text.dimensions", f"seen {max(dimensions)}; output {vector} has {sizes[vector]} numbers")
 
 
 def token_outputs(outputs: Mapping[str, TensorSpec], axis: str) -> list[str]:

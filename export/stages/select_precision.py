@@ -13,7 +13,7 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -142,60 +142,44 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
     refused = {name: why for name in tried if (why := _refusal(spec, name, target) or _failure(spec, name, target))}
     if only in refused or "fp32" in refused:
         raise GateFailed(refused[only if only in refused else "fp32"])
-    names = [name for name in tried if name not in refused]
     module = source.load()
-    weights = weights_digest(module)
-    keys = {name: accuracy_key(source, name, weights) for name in names}
-    reference = module_predictor(spec, module)
+    reference, weights = module_predictor(spec, module), weights_digest(module)
     baseline = functools.cache(lambda: Baseline.of(source, reference))  # not needed if all results are cached
     variants: dict[str, dict[str, Any]] = {}
-    runners: dict[str, Predict] = {}
-    for name in names:
+    runners: dict[Precision, Predict] = {}
+    for name in [name for name in tried if name not in refused]:
         with log.status(f"{name} on {target}"):
-            runners[name] = variant_predictor(spec, name, target)
+            runner = variant_predictor(spec, name, target)
             try:
-                variants[name] = measured(
-                    keys[name],
-                    spec.name,
-                    lambda name=name: {  # type: ignore[misc]
-                        **_measured(baseline(), runners[name], sensitivity_of(spec, name)),
-                        "pytorch": baseline().metrics,
-                    },
-                )
+                variants[name] = _variant(source, target, name, weights, baseline, runner)
             except GateFailed as error:
                 if name in ("fp32", only):
                     raise
                 refused[name] = str(error)
-                continue
-            if name == "fp32":
-                _check_fp32(spec, target, variants[name]["parity"])
-            metrics = variants[name].pop("pytorch")
-            variants[name]["size_bytes"] = read_manifest(engine_path(spec.name, name, target)).size_bytes
-    names, candidates = ([name for name in these if name not in refused] for these in (tried, wanted))
+            else:
+                runners[name] = runner
+    metrics, *_ = [variant.pop("pytorch") for variant in variants.values()]  # each has the same
     rows = load_rows(build_dir(spec.name) / "evaluation.npz")
     inputs = inputs_at(spec, rows, {name: axis.opt for name, axis in spec.axes.items()})
-    timed_rows = spec.axes[BATCH].opt
     with log.status("timing, interleaved"):
-        timers = {name: variant_timers(spec, name, target, runners[name], inputs) for name in names}
+        timers = {name: variant_timers(spec, name, target, runner, inputs) for name, runner in runners.items()}
         before = clocks()
-        on_host = {"pytorch": wall(lambda: reference(inputs))}
-        runs: dict[str, Timer] = {name: run for name, (run, _) in timers.items()}
-        # PyTorch gets rounds of its own: it evicts the caches, which doubles the time of a small graph that runs next.
-        seconds = time_interleaved(runs) | time_interleaved(on_host)
-        copies = time_interleaved({name: copy for name, (_, copy) in timers.items() if copy is not None})
+        seconds, copies = _timed(timers, wall(lambda: reference(inputs)))
+    timed_rows = spec.axes[BATCH].opt
     add_speed(variants, seconds, timed_rows)
     for copied, each in copies.items():
         variants[copied]["copies_ms"] = 1000 * statistics.median(each)
-    judged: dict[str, DropJudgement] = {name: judged_variant(spec, variants[name]) for name in names}
+    candidates = [name for name in wanted if name in variants]
+    judged = {name: judged_variant(spec, variant) for name, variant in variants.items()}
+    chosen, reasons, failure = "", dict[str, str](), ""
     try:
         chosen, reasons = choose(judged, candidates, seconds, asked=only is not None)
-        failure = ""
     except GateFailed as error:
-        chosen, reasons, failure = "", {}, str(error)
+        failure = str(error)
+    for compared, variant in variants.items():
+        del variant["paired"]
+        variant |= {"reason": reasons.get(compared, judged[compared].reason), "judgement": asdict(judged[compared])}
     warning = too_small(spec, metrics)
-    for name in names:
-        del variants[name]["paired"]
-        variants[name] |= {"reason": reasons.get(name, judged[name].reason), "judgement": asdict(judged[name])}
     provider = choose_provider(spec.onnxruntime.provider) if target == "onnxruntime" else None
     return {
         "model": spec.name,
@@ -215,6 +199,36 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
         "refused": refused,
         "sensitivity": {name: report for name in candidates if (report := sensitivity_of(spec, name))},
     }
+
+
+def _variant(
+    source: ModelFolder,
+    target: Target,
+    name: Precision,
+    weights: str,
+    baseline: Callable[[], Baseline],
+    predict: Predict,
+) -> dict[str, Any]:
+    """The accuracy of a variant, the metrics of PyTorch (both may come from the cache), and the variant's size."""
+    spec = source.spec
+
+    def measure() -> dict[str, Any]:
+        return {**_measured(baseline(), predict, sensitivity_of(spec, name)), "pytorch": baseline().metrics}
+
+    found = measured(accuracy_key(source, name, weights), spec.name, measure)
+    if name == "fp32":
+        _check_fp32(spec, target, found["parity"])
+    return {**found, "size_bytes": read_manifest(engine_path(spec.name, name, target)).size_bytes}
+
+
+def _timed(
+    timers: Mapping[Precision, tuple[Timer, Timer | None]], pytorch: Timer
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each round by variant, and of PyTorch; seconds of the copies to and from a GPU."""
+    # PyTorch gets rounds of its own: it evicts the caches, which doubles the time of a small graph that runs next.
+    seconds = time_interleaved({name: run for name, (run, _) in timers.items()})
+    seconds |= time_interleaved({"pytorch": pytorch})
+    return seconds, time_interleaved({name: copy for name, (_, copy) in timers.items() if copy is not None})
 
 
 def _measured(baseline: Baseline, predict: Predict, sensitivity: dict[str, Any] | None) -> dict[str, Any]:
@@ -301,8 +315,19 @@ def without_rows(result: dict[str, Any]) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints the table, and why each variant was chosen or not."""
-    metric, base = result["metric"], result["pytorch"]
     print(f"{result['model']} on {result['target']}: {result['rows']} evaluation rows, budget {result['max_drop']:.2%}")
+    Console(width=max(Console().width, 118), markup=False).print(_table(result))
+    for line in (*_about_rows(result), *_about_variants(result)):
+        print(line)
+    for name, report in result["sensitivity"].items():
+        if report["layers"]:
+            print(f"{name:<9} sensitivity: {verdict(report, name, report['high'])}")
+            Console(width=max(Console().width, 100), markup=False).print(shares_table(report, name, report["high"]))
+
+
+def _table(result: dict[str, Any]) -> Table:
+    """One row per variant."""
+    metric, base = result["metric"], result["pytorch"]
     table = Table("precision", box=box.SIMPLE_HEAD)
     for column in (metric, "drop", "interval", "rows", "worst error", "cosine", "top", "speed", "size"):
         table.add_column(column, justify="right", no_wrap=column == "interval")
@@ -326,43 +351,38 @@ def show(result: dict[str, Any]) -> None:
             human_bytes(variant["size_bytes"]),
             style="bold" if name == result["chosen"] else None,
         )
-    Console(width=max(Console().width, 118), markup=False).print(table)
-    for line in _about_rows(result):
-        print(line)
-    if result["warning"]:
-        print(f"warning: {result['warning']}")
-    for name, variant in result["variants"].items():
-        print(f"{name:<9} {variant['reason']}")
-    if result["int8_dot_products"] is False and (int8 := result["variants"].get("int8")):
-        gain = f"{int8['speedup']:.2f} times fp32"
-        print(f"int8      gains less on this CPU ({gain}): it has no 8-bit dot products (VNNI, AMX)")
-    copies = {name: each["copies_ms"] for name, each in result["variants"].items() if "copies_ms" in each}
-    if copies:
-        listed = ", ".join(f"{name} {each_ms:.3f} ms" for name, each_ms in copies.items())
-        print(f"copies to and from the GPU, not part of the speed: {listed}")
-        print(f"GPU clocks: {result['clocks']['before']}; after timing: {result['clocks']['after']}")
-    for name, reason in result["refused"].items():
-        print(f"{name:<9} could not be made: {reason}")
-    for name, report in result["sensitivity"].items():
-        if report["layers"]:
-            print(f"{name:<9} sensitivity: {verdict(report, name, report['high'])}")
-            Console(width=max(Console().width, 100), markup=False).print(shares_table(report, name, report["high"]))
+    return table
 
 
-def _about_rows(result: dict[str, Any]) -> list[str]:
-    """What the table's intervals and rows are, one line each."""
+def _about_rows(result: dict[str, Any]) -> Iterator[str]:
+    """What the table's intervals and rows are."""
     metric, variants = result["metric"], result["variants"]
     confidence = next((each["judgement"]["confidence"] for each in variants.values()), None)
-    lines = []
     if confidence is not None:
-        lines.append(f"interval: bounds of the drop, each at {confidence:.2%}; rows: those of drop and interval")
+        yield f"interval: bounds of the drop, each at {confidence:.2%}; rows: those of drop and interval"
     elif metric != "similarity":
-        lines.append(f"{metric} is judged by one number, no interval: evaluate() does not return it row by row")
+        yield f"{metric} is judged by one number, no interval: evaluate() does not return it row by row"
     for name, each in variants.items():
         if "chosen_on" in (rows := each["rows"]):
             also = "" if metric == "similarity" else f", {metric} from all {rows['metric'] or 'rows'}"
-            lines.append(f"{name}: layers were chosen on other rows; drop from {rows['drop']} rows{also}")
-    return lines
+            yield f"{name}: layers were chosen on other rows; drop from {rows['drop']} rows{also}"
+
+
+def _about_variants(result: dict[str, Any]) -> Iterator[str]:
+    """Why each variant was chosen or not, and what else is known of its speed."""
+    variants = result["variants"]
+    if result["warning"]:
+        yield f"warning: {result['warning']}"
+    for name, variant in variants.items():
+        yield f"{name:<9} {variant['reason']}"
+    if result["int8_dot_products"] is False and (int8 := variants.get("int8")):
+        gain = f"{int8['speedup']:.2f} times fp32"
+        yield f"int8      gains less on this CPU ({gain}): it has no 8-bit dot products (VNNI, AMX)"
+    if copies := [f"{name} {each['copies_ms']:.3f} ms" for name, each in variants.items() if "copies_ms" in each]:
+        yield f"copies to and from the GPU, not part of the speed: {', '.join(copies)}"
+        yield f"GPU clocks: {result['clocks']['before']}; after timing: {result['clocks']['after']}"
+    for name, reason in result["refused"].items():
+        yield f"{name:<9} could not be made: {reason}"
 
 
 def main(options: argparse.Namespace) -> None:
