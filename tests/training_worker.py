@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from deepseek.config import TrainingConfig
-from deepseek.spec import run_command
+from deepseek.spec.command import exit_code
 from deepseek.training import TrainingResult, train_model
 from tests.test_training import cross_entropy, points
 
@@ -70,4 +70,4 @@ def main_in_fork(folder: Path, ways: Sequence[str], environment: dict[str, str])
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(exit_code(main))

@@ -8,7 +8,6 @@ the value seen and what is allowed. `make plan MEASURE=1` measures "this-machine
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +19,7 @@ from deepseek.precisions import NumberType
 from deepseek.settings import NotNegative, Positive
 from deepseek.sizing.memory import FILL
 from deepseek.sizing.training_step import Platform
-from deepseek.spec import InputError
+from deepseek.spec import InputError, build_dir
 from deepseek.spec.checks import Table, checked, listed, read_toml
 from deepseek.spec.files.folders import write_whole
 
@@ -93,7 +92,7 @@ def load_devices(path: str | Path | None = None, *, names: Iterable[str] = ()) -
 
 
 def measured_path() -> Path:
-    return Path(os.environ.get("DEEPSEEK_BUILD", "build")) / f"{THIS_MACHINE}.toml"
+    return build_dir(f"{THIS_MACHINE}.toml")
 
 
 def read_devices(path: Path) -> dict[str, Device]:

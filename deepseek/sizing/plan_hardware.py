@@ -75,8 +75,7 @@ def _model(options: argparse.Namespace) -> tuple[AnyModel, DeploymentSpec | None
             f"{path}: not built; build it with: make engine MODEL={options.model}, "
             "or plan by sizes: --layers, --hidden, --heads"
         )
-    of_inputs = {dim for tensor in spec.inputs.values() for dim in tensor.shape}
-    axes = {name: axis.opt for name, axis in spec.axes.items() if name != BATCH and name in of_inputs}
+    axes = {name: axis.opt for name, axis in spec.axes.items() if name != BATCH}
     if options.length is not None:
         axes = dict.fromkeys(axes, options.length)
     return OnnxModel(path, axes=axes | _axes(options.axis)), spec

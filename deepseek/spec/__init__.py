@@ -20,9 +20,7 @@ from deepseek.spec.command import (
     GateFailed,
     InputError,
     InvalidMeasurement,
-    Parser,
     kept_for_json,
-    run_command,
 )
 from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, tokenizer_path, variables_for
 from deepseek.spec.files.manifest import FileDigest, Manifest, PublishedManifest
@@ -60,7 +58,6 @@ __all__ = [
     "Manifest",
     "Objective",
     "ParitySpec",
-    "Parser",
     "Precision",
     "PublishedManifest",
     "Relation",
@@ -77,7 +74,6 @@ __all__ = [
     "flags_for",
     "histogram_bounds_ms",
     "kept_for_json",
-    "run_command",
     "tokenizer_path",
     "variables_for",
 ]

@@ -1,15 +1,13 @@
-"""Shared by every command: errors with exit codes, the flag parser, and the function that runs a command."""
+"""Shared by every command: errors with exit codes, and the function that runs a command."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import Any, NoReturn
 
 
 class ExitCode(IntEnum):
@@ -51,25 +49,11 @@ class InvalidMeasurement(Exception):
     exit_code = ExitCode.INVALID
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with help from the module's docstring and one-line errors."""
-
-    def __init__(self, doc: str | None, **kwargs: Any) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(ExitCode.BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
-
-
 @contextlib.contextmanager
 def kept_for_json(as_json: bool) -> Iterator[None]:
     """With --json, only the result goes to standard output; whatever the model's code prints goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield
-
-
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    sys.exit(exit_code(main))
 
 
 def exit_code(main: Callable[[], int | None]) -> int:

@@ -11,10 +11,12 @@ Example:
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from deepseek.spec import Parser, build_dir, run_command
+from deepseek.spec import build_dir
+from deepseek.spec.command import exit_code
 from deepseek.spec.files.folders import write_whole
 from tests.bench.results import PUBLISHED, Ratio, Run, merged, read, text
 from tests.bench.run import PARTS
@@ -26,7 +28,6 @@ PLACE = re.compile(r"(<!-- bench: (\S+) -->\n).*?(?=\n#|\Z)", re.DOTALL)
 
 def main() -> None:
     """Merges the results, and writes the pages."""
-    Parser(__doc__, prog="python -m tests.bench.publish").parse_args()
     published = read(PUBLISHED)
     for part in PARTS:
         path = build_dir("bench") / f"{part}.json"
@@ -105,4 +106,4 @@ def _verdict(line: Line, measured: Sequence[Ratio]) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(exit_code(main))

@@ -11,8 +11,10 @@ Examples:
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
@@ -26,7 +28,7 @@ from scipy.optimize import least_squares
 from deepseek.sizing import presets
 from deepseek.sizing.devices import Device, load_devices
 from deepseek.sizing.roofline import CONSTANTS, Constants, efficiency, of_ops
-from deepseek.spec import Parser, run_command
+from deepseek.spec.command import exit_code
 
 FITTED_MODEL, FITTED_BATCHES = "bert-base", (1, 8, 32, 128)
 OLDER = {
@@ -151,7 +153,11 @@ def fit(devices: dict[str, Device]) -> tuple[Constants, dict[tuple[str, str], fl
 
 def main() -> int:
     """Prints the errors; exit code 1 if a held-out figure at batch 8 or above is off by more than a quarter."""
-    parser = Parser(__doc__, prog="python -m tests.bench.published")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.published",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--fit", action="store_true", help="fit the constants again and print them")
     args = parser.parse_args()
     devices, rows = load_devices(), summary(load_devices())
@@ -170,4 +176,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(exit_code(main))

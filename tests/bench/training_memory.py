@@ -9,8 +9,10 @@ Example:
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,7 @@ from torch import nn
 from deepseek.config import TransformerConfig
 from deepseek.sizing import TrainingSetup, TransformerSize, training_memory
 from deepseek.sizing.model.live_memory import LiveBytes
-from deepseek.spec import Parser, run_command
+from deepseek.spec.command import exit_code
 from deepseek.transformer import Transformer
 
 ALLOWED = 0.1
@@ -156,7 +158,11 @@ def said(peaks: Sequence[Peak]) -> tuple[str, bool]:
 
 def main() -> int:
     """Draws random configurations, and prints those whose prediction is off by more than 10 %."""
-    parser = Parser(__doc__, prog="python -m tests.bench.training_memory")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.training_memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--draws", type=int, default=DRAWS, help="configurations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the drawing (default: %(default)s)")
     args = parser.parse_args()
@@ -171,4 +177,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(exit_code(main))

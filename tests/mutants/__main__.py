@@ -16,6 +16,7 @@ Examples:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -37,7 +38,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import InputError, Parser, run_command
+from deepseek.spec import InputError
+from deepseek.spec.command import exit_code
 from tests.mutants.mutations import Mutant, mutants_of, sample
 
 LEAST_CAUGHT = 0.85
@@ -248,7 +250,9 @@ def show(by_module: dict[str, list[Row]]) -> None:
 
 def main() -> int:
     """Runs the mutants and prints the result; returns the exit code."""
-    parser = Parser(__doc__, prog="python -m tests.mutants")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--module", action="append", choices=MODULES, help="only this module (default: all)")
     parser.add_argument("--count", type=int, default=50, help="mutants per module (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=17, help="seed of the sample (default: %(default)s)")
@@ -276,4 +280,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(exit_code(main))
