@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 
-from deepseek.spec.objectives import SIGNS as SIGNS
-from deepseek.spec.objectives import formatted as formatted
-
 SUMMARY = (50, 95, 99, 99.9)
 """Percentiles of a summary."""
 ALL = (50, 75, 90, 95, 99, 99.9, 99.99)

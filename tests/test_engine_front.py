@@ -26,7 +26,7 @@ from deepseek.vocabulary import Vocabulary
 from export.checks.parity import compare_served
 from export.checks.parity_strings import AT_NAMES
 from export.model_folder import ModelFolder
-from export.stages.publish import BACKEND_SOURCES
+from export.publishing.backend_files import BACKEND_SOURCES
 from export.stages.publish import main as publish_model
 from export.stages.to_onnx import export_model
 from serving.doctor.examine import examine

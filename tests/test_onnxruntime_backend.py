@@ -20,7 +20,8 @@ from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from deepseek.spec import DeploymentSpec, InputError
-from export.stages.publish import BACKEND_SOURCES, publish_version
+from export.publishing.backend_files import BACKEND_SOURCES
+from export.stages.publish import publish_version
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, write_add_one
 from tests.gateway import wait_for

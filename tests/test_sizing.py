@@ -259,7 +259,7 @@ def test_a_capacity_without_a_matching_objective_is_not_used(
 
 
 def test_objectives_as_the_capacity_search_writes_them_are_read() -> None:
-    from loadtests.figures import SIGNS, formatted
+    from deepseek.spec.objectives import SIGNS, formatted
     from loadtests.search.capacity_result import Capacity
 
     assert {"capacity_rps", "objectives", "confirmed"} <= Capacity.model_fields.keys()

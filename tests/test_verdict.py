@@ -18,7 +18,7 @@ import pytest
 
 from cli.main import main as command_line
 from deepseek.spec import SloSpec
-from loadtests.figures import formatted
+from deepseek.spec.objectives import formatted
 from loadtests.slo.judge import judge, overall
 from loadtests.slo.objectives import SloStatus
 from tests.saved_runs import Request, saved_run, steady

@@ -48,7 +48,6 @@ from deepseek.spec.vocabulary import CATALOGUE, HISTORY
 from deepseek.targets import PUBLISHABLE, TARGETS
 from deepseek.vocabulary import Vocabulary
 from export.artifact import axes_of, choice_of, digests, engine_path, need, onnx_path, read_manifest, write_manifest
-from export.publishing.backend_files import BACKEND_SOURCES as BACKEND_SOURCES
 from export.publishing.backend_files import backend_files
 from export.publishing.engine_front import VERSION, put_front
 from export.publishing.triton_config import config_text, cuda_graph_batches, model_config

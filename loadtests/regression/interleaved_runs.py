@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
-from loadtests.figures import formatted
+from deepseek.spec.objectives import formatted
 from loadtests.regression.compared_version import VARIABLES, ComparedVersion
 from loadtests.regression.comparison import LEAST_PAIRS
 from loadtests.regression.held_rates import problems_at

@@ -23,8 +23,7 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, build_dir
 from deepseek.spec.files.folders import write_whole
-from deepseek.spec.objectives import Kind
-from loadtests.figures import formatted
+from deepseek.spec.objectives import Kind, formatted
 from loadtests.regression.compared_version import ComparedVersion
 from loadtests.regression.comparison import (
     EXIT_CODES,

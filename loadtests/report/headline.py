@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from html import escape
 
 from deepseek.spec import SloSpec
-from deepseek.spec.objectives import KINDS
-from loadtests.figures import SUMMARY, formatted, ms
+from deepseek.spec.objectives import KINDS, formatted
+from loadtests.figures import SUMMARY, ms
 from loadtests.report.page import sentence
 from loadtests.results.run import Run
 from loadtests.results.stretch import shown_percentile

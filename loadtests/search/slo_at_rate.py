@@ -19,8 +19,7 @@ from dataclasses import replace
 from deepseek_client import ModelMetadata
 
 from deepseek.spec import DeploymentSpec, Objective, SloSpec
-from deepseek.spec.objectives import requests_to_prove, samples_needed
-from loadtests.figures import SIGNS, formatted
+from deepseek.spec.objectives import SIGNS, formatted, requests_to_prove, samples_needed
 from loadtests.load.task_metric import of_served
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.slo_demands import latency_limits

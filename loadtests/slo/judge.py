@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from deepseek.spec import Objective, SloSpec
-from deepseek.spec.objectives import RATE_TOLERANCE, Kind
-from loadtests.figures import formatted
+from deepseek.spec.objectives import RATE_TOLERANCE, Kind, formatted
 from loadtests.results.run import Run
 from loadtests.results.stretch import Stretch
 from loadtests.slo.bounds import completed_bounds, more_requests, ratio_bounds, share_bounds

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek.spec import DeploymentSpec, InputError, SloSpec
-from loadtests.figures import SIGNS, formatted
+from deepseek.spec.objectives import SIGNS, formatted
 from loadtests.results.mixes import runs_of
 from loadtests.results.run import Run, latest_run
 from loadtests.slo.judge import judge, overall
