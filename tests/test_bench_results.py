@@ -121,7 +121,6 @@ def test_publishing_leaves_out_runs_with_fewer_pairs(
 ) -> None:
     published = PUBLISHED.read_text()
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    monkeypatch.setattr("sys.argv", ["publish"])
     monkeypatch.chdir(tmp_path)
     for page in (*PAGES, PUBLISHED):
         page.parent.mkdir(exist_ok=True)
