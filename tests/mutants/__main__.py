@@ -83,8 +83,12 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("tests/test_publish.py", "tests/test_triton_config.py", "tests/test_versions.py"),
     ),
     "precision selection": (
-        ("export/stages/select_precision.py", "export/precision/accuracy_budget.py"),
-        ("tests/test_select_precision.py", "tests/test_accuracy.py"),
+        (
+            "export/stages/select_precision.py",
+            "export/precision/precision_choice.py",
+            "export/precision/accuracy_budget.py",
+        ),
+        ("tests/test_select_precision.py", "tests/test_precision_choice.py", "tests/test_accuracy.py"),
     ),
     "build pipeline": (
         ("export/pipeline.py", "export/build.py", "export/cache.py"),
