@@ -24,7 +24,7 @@ from export.precision.accuracy import Evaluated, evaluated, metric_drop, paired_
 from export.precision.accuracy_budget import Baseline, measured
 from export.runtimes.batching import within_batch
 from export.stages import select_precision
-from tests.test_to_onnx import TOML
+from tests.tiny_model import TOML
 
 IMAGE = DeploymentSpec.load("tests/models/image")
 

@@ -28,7 +28,7 @@ from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, RunHere, run_module
-from tests.test_to_onnx import TOML, tiny
+from tests.tiny_model import TOML, tiny
 
 CPU = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))
 FP16 = QuantConfig.of_precision("fp16")

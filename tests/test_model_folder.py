@@ -18,7 +18,7 @@ from export.precision.accuracy import evaluated
 from export.runtimes.pytorch_reference import run_torch
 from export.sources import files_in
 from tests.conftest import RunHere
-from tests.test_to_onnx import TOML, tiny
+from tests.tiny_model import TOML, tiny
 
 TEXT = DeploymentSpec.load("tests/models/text")
 IMAGE = DeploymentSpec.load("tests/models/image")

@@ -24,7 +24,7 @@ from export.stages.publish import publish_version
 from export.stages.to_onnx import export_model
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, RunHere
-from tests.test_to_onnx import tiny
+from tests.tiny_model import tiny
 
 TEXT = DeploymentSpec.load("tests/models/text")
 BODIES = {

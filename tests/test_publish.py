@@ -38,8 +38,8 @@ from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
 from tests.conftest import FREE, RunHere
 from tests.gateway import wait_for
-from tests.test_to_onnx import FIXED, tiny
 from tests.test_triton_config import with_batch
+from tests.tiny_model import FIXED, tiny
 
 IMAGE, TEXT = DeploymentSpec.load("tests/models/image"), DeploymentSpec.load("tests/models/text")
 

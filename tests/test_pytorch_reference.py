@@ -15,7 +15,7 @@ from export.runtimes import pytorch_reference as reference
 from export.runtimes.pytorch_predictor import module_predictor
 from export.stages.to_onnx import export_model
 from tests.conftest import RunHere
-from tests.test_to_onnx import TOML, tiny
+from tests.tiny_model import TOML, tiny
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_build")]
 

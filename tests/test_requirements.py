@@ -16,7 +16,7 @@ from deepseek.spec import InputError
 from export.requirements import install, pinned_versions
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
-from tests.test_to_onnx import MODEL, TOML
+from tests.tiny_model import MODEL, TOML
 
 
 def wheel(folder: Path, name: str, version: str, needs: str = "") -> None:

@@ -18,7 +18,7 @@ from export.precision import sensitivity
 from export.precision.sensitivity import fewest_high, sensitivity_pass, squared_errors, verdict
 from export.stages.quantize import quantize_model, show
 from export.stages.to_onnx import export_model
-from tests.test_to_onnx import SIZES, TOML, tiny
+from tests.tiny_model import SIZES, TOML, tiny
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_build")]
 

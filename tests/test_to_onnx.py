@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache as cache_calls
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
-from torch.onnx._internal.exporter._registration import onnxscript_apis
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, ParitySpec
 from export import cache
-from export.model_folder import ModelFolder
 from export.rows import load_rows
 from export.runtimes.pytorch_reference import (
     check_corners,
@@ -29,55 +26,9 @@ from export.runtimes.pytorch_reference import (
 from export.stages import to_onnx
 from export.stages.to_onnx import export_model
 from tests.conftest import RunHere
+from tests.tiny_model import FIXED, TOML, tiny
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_build")]
-
-SIZES = "min = 1\nopt = 4\nmax = 9"
-# The exporter reads the definitions of all operators again for each export, which takes most of a tiny model's second.
-onnxscript_apis.get_torchlib_ops = cache_calls(onnxscript_apis.get_torchlib_ops)
-
-TOML = f"""
-name = "tiny"
-[inputs.x]
-dtype = "float32"
-shape = ["batch", 8]
-[outputs.y]
-dtype = "float32"
-shape = ["batch", 8]
-[axes.batch]
-{SIZES}
-"""
-MODEL = """
-import numpy as np
-import torch
-
-class Tiny(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.line = torch.nn.Linear(8, 8)
-
-    def forward(self, x):
-        {body}
-
-def load():
-    torch.manual_seed(0)
-    return Tiny()
-
-def samples(split):
-    random = np.random.default_rng(len(split))
-    for _ in range(12):
-        yield {{"x": random.standard_normal((1, 8)).astype(np.float32)}}
-"""
-
-
-def tiny(
-    folder: Path, *, toml: str = TOML, body: str = "return self.line(x)", code: str = "", name: str = "tiny"
-) -> ModelFolder:
-    """A model folder whose forward is `body`."""
-    (folder / name).mkdir(parents=True)
-    (folder / name / "deploy.toml").write_text(toml.replace('"tiny"', f'"{name}"'))
-    (folder / name / "model.py").write_text(MODEL.format(body=body) + code)
-    return ModelFolder(name, folder)
 
 
 def test_the_graph_has_the_signatures_names_types_and_axes(built: Path) -> None:
@@ -118,9 +69,6 @@ def test_json_has_shapes_errors_and_rows(tmp_path: Path, run_here: RunHere) -> N
     assert [check["sizes"]["batch"] for check in result["checks"]] == [1, 9, 5]
     assert result["rows"] == {"calibration": 12, "evaluation": 12}
     assert len(load_rows(tmp_path / "build" / "tiny" / "evaluation.npz")) == 12
-
-
-FIXED = TOML.replace(SIZES, "min = 4\nopt = 4\nmax = 4")
 
 
 def test_the_graph_is_compared_where_forward_takes_another_path(tmp_path: Path) -> None:

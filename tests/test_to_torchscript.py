@@ -19,7 +19,7 @@ from export.runtimes.torchscript_predictor import torchscript_predictor
 from export.stages.to_torchscript import export_model
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import RunHere, run_module
-from tests.test_to_onnx import TOML, tiny
+from tests.tiny_model import TOML, tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # TorchScript itself is deprecated

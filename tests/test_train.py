@@ -18,7 +18,7 @@ from export.plan import Plan
 from export.precision.accuracy_budget import accuracy_key
 from export.stages import train
 from tests.conftest import RunHere
-from tests.test_to_onnx import TOML
+from tests.tiny_model import TOML
 
 # Trains to the value in `seed.txt` beside the build, and counts its runs.
 MODEL = """
