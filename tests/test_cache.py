@@ -1,4 +1,4 @@
-"""The files of the content-addressed cache; tests/test_pipeline.py tests it in a build."""
+"""The files of the content-addressed cache; tests/test_build.py tests it in a build."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The build pipeline: what a change rebuilds, what a kill leaves, how builds share folders and the cache."""
+"""The build pipeline: what a change rebuilds, and the inputs and keys of its stages."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ import argparse
 import importlib.metadata
 import itertools
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache as cache_calls
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -22,10 +16,9 @@ import pytest
 from deepseek.spec import Target
 from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.machine.cpu import Cpu
-from export import build, cache, clean, digests, pipeline, plan
+from export import build, digests, pipeline, plan
 from export.artifact import refuse
 from export.pipeline import Stage
-from serving.stack.env_file import OWN, WRITTEN
 
 DEPLOY = """
 name = "tiny"
@@ -282,123 +275,6 @@ def test_an_engine_is_recompiled_if_the_workspace_or_tensorrt_changes(
     assert engine(**rtx) == compiled
     version("tensorrt-rtx")(tiny, monkeypatch)
     assert engine(**rtx) == compiled
-
-
-def test_explain_names_the_input_and_builds_nothing(
-    engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine()
-    (tiny / "models" / "tiny" / "deploy.toml").write_text(DEPLOY + "[precision]\nmax_drop = 0.02\n")
-    capsys.readouterr()
-    build.main(options_of(tiny, explain=True))
-    said = capsys.readouterr().out.splitlines()[:5]
-    assert said[:3] == [f"{name:<28} up to date" for name in ("train", "to_onnx", "quantize fp16")]
-    assert said[3] == f"{'quantize int8':<28} rebuild: deploy.toml precision.max_drop changed from 0.01 to 0.02"
-    assert said[4] == f"{SELECT:<28} rebuild: quantize int8 is rebuilt"
-    assert engine() == ["quantize int8", *CHOSEN]
-    (tiny / "models" / "tiny" / "deploy.toml").write_text(
-        DEPLOY + "[precision]\nmax_drop = 0.02\ncandidates = ['fp16']\n"
-    )
-    build.main(options_of(tiny, explain=True))
-    assert f"{SELECT:<28} rebuild: deploy.toml precision.candidates changed from " in capsys.readouterr().out
-
-
-def test_explain_reports_what_comes_from_the_cache(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    builder = build.Builder(build.plan_of(options_of(tiny)))
-    train, to_onnx = list(build.stages_of(builder.plan))[:2]
-    files = tiny / "made"
-    files.mkdir()
-    (files / train.writes[0].name).write_text("weights")
-    cache.store(builder.keys(train)[""], files)
-    builder.inputs.foreseen[train.writes[0]] = cache.sha256(files / train.writes[0].name)
-    for name in ("model.onnx", "model.onnx.data", "other.json"):
-        (files / name).write_text(name)
-    cache.store(builder.keys(to_onnx)[""], files)
-    explained = build.Builder(builder.plan)
-    explained.explain([train, to_onnx])
-    graphs = {path.name for path in explained.inputs.foreseen if path.parent == to_onnx.writes[-1].parent}
-    assert graphs == {"model.onnx", "model.onnx.data"}  # and no other file of the entry
-    told = [line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines()]
-    missing = "from the cache: tiny/weights-digest.json is missing"
-    assert told == [missing, "from the cache: train is rebuilt"]
-
-
-def test_the_outputs_of_a_killed_stage_and_changed_or_removed_ones_are_rebuilt(
-    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine()
-    deploy = tiny / "models" / "tiny" / "deploy.toml"
-    deploy.write_text(DEPLOY + "[precision]\nmax_drop = 0.02\n")
-    with monkeypatch.context() as patch:
-
-        def killed(builder: build.Builder, stage: Stage, lock: int) -> None:
-            stage.beside[0].write_text("half of another")
-            raise KeyboardInterrupt
-
-        patch.setattr(build.Builder, "_execute", killed)
-        with pytest.raises(KeyboardInterrupt):
-            build.build(options_of(tiny))
-    deploy.write_text(DEPLOY)  # back again: inputs and graph are as before, the manifest is not
-    assert engine() == ["quantize int8", SELECT, MEASURE, "publish"]
-    (tiny / "build" / "tiny" / "fp16" / "model.onnx").write_text("by hand")
-    (tiny / "build" / "tiny" / "int8" / "manifest.json").unlink()
-    assert engine() == [*GRAPHS, SELECT, MEASURE, "publish"]
-
-
-def test_a_second_build_of_a_folder_waits_and_so_does_clean(
-    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine()
-    graph = tiny / "build" / "tiny" / "fp16" / "model.onnx"
-    said: SimpleQueue[str] = SimpleQueue()
-    monkeypatch.setattr(build, "print", lambda text, **_: said.put(text), raising=False)
-    for command, left in ((engine, True), (lambda: clean.main(options_of(tiny)), False)):
-        other = threading.Thread(target=command)
-        with build.alone_in_build("tiny"):
-            other.start()
-            assert "waiting for another build" in said.get()
-            assert graph.exists()
-        other.join()
-        assert graph.exists() is left
-
-
-def test_clean_keeps_the_users_own_lines_and_choices(tiny: Path) -> None:
-    env, ours, yours, port = tiny / "env", f"{WRITTEN}\nA=1\n", f"{OWN}\n", "GATEWAY_PORT=9443\n"
-    own = f"{yours}MINE=1\n"
-    cases = [(ours + own, own), (ours + yours, None), (ours, None), ("MINE=1\n", "MINE=1\n")]
-    for before, after in (*cases, (ours + port + yours, port + yours)):
-        env.write_text(before)
-        clean.main(options_of(tiny))
-        assert (env.read_text() if env.exists() else None) == after
-    (tiny / "repository" / "another").mkdir(parents=True)
-    (tiny / "repository" / "another" / "config.pbtxt").touch()
-    env.write_text(ours + yours)
-    clean.main(options_of(tiny))
-    assert env.read_text() == ours + yours  # the stack still serves another model
-
-
-def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, tiny: Path) -> None:
-    engine()
-    where = (f"--models={tiny}/models", f"--repository={tiny}/repository", f"--env-file={tiny}/env")
-    program = "import sys; from cli.main import main; assert main() == 0; print({'torch', 'numpy', 'onnx'} & set(sys.modules))"
-    flags = ("engine", "--model", "tiny", *where, "--target", "onnxruntime", "--explain")
-    environment = {**os.environ, "PYTHONPATH": f".:{tiny}/elsewhere"}
-    run = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, env=environment)
-    assert run.stdout.splitlines()[-1] == "set()", run.stderr
-    assert run.stdout.count("up to date") == 8, run.stdout
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [("sys.exit(0)", None), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 15)", 143)],
-)
-def test_a_failed_stage_ends_the_build_with_its_exit_code(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: int | None
-) -> None:
-    monkeypatch.setattr(build.Builder, "command", lambda *_: [sys.executable, "-c", f"import os, sys; {code}"])
-    with nullcontext() if expected is None else pytest.raises(SystemExit) as caught:
-        build.build(options_of(tiny), publish=False)
-    assert (caught and caught.value.code) == expected
 
 
 def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_accelerator_on_it(

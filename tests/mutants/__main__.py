@@ -92,7 +92,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "build pipeline": (
         ("export/pipeline.py", "export/build.py", "export/cache.py"),
-        ("tests/test_pipeline.py", "tests/test_plan.py", "tests/test_cache.py"),
+        ("tests/test_pipeline.py", "tests/test_build.py", "tests/test_plan.py", "tests/test_cache.py"),
     ),
 }
 
