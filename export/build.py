@@ -25,10 +25,10 @@ from deepseek.spec.files.folders import write_whole
 from deepseek.targets import PUBLISHABLE
 from export.artifact import choice_path, pruned_path, pruning_path, refusal
 from export.cache import STAGE_KEYS, limit_bytes, predicted
-from export.digests import RememberedDigests
+from export.dependencies.digests import RememberedDigests
+from export.dependencies.requirements import install
 from export.pipeline import Stage, StageInputs, graph_stages, key_of, named, publish_stage, stack_stage, stages_of
 from export.plan import Plan, plan_of
-from export.requirements import install
 
 INSIDE = "/opt/export/bin/python"  # of the export image
 

@@ -30,7 +30,7 @@ from deepseek.spec import (
     InvalidMeasurement,
 )
 from export.artifact import pruned_path
-from export.requirements import FILE
+from export.dependencies.requirements import FILE
 from export.rows import Row
 
 _OURS = tuple(Path(__file__).resolve().parent.parent / room for room in ("export", "deepseek"))

@@ -22,13 +22,13 @@ from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.machine.cpu import this_cpu
 from deepseek.spec.machine.gpus import gpus
 from export.artifact import choice_path, engine_path, onnx_path, rows_path, weights_path
-from export.digests import RememberedDigests
+from export.dependencies.digests import RememberedDigests
+from export.dependencies.requirements import requirements_in
+from export.dependencies.sources import ROOT, InstalledVersions, Sources, files_in
 from export.machine import accelerator, cpu, gpu
 from export.plan import Plan
 from export.publishing.backend_files import backend_files
-from export.requirements import requirements_in
 from export.runtimes.tensorrt_container import image_name
-from export.sources import ROOT, InstalledVersions, Sources, files_in
 
 SIGNATURE = ("name", "inputs", "outputs", "axes")
 MEASURED = (*SIGNATURE, "precision.metric", "onnxruntime")  # by which a variant's accuracy is measured

@@ -15,7 +15,7 @@ from deepseek_client.cli.commands import _write
 
 from deepseek.spec.files.folders import scratch_in, write_whole
 from export.artifact import staged
-from export.graph_file import save_graph
+from export.graphs.graph_file import save_graph
 from export.rows import Row, row_digest, save_arrays
 from serving.embedded.verified_repository import _stamp
 from serving.repository.archive import pack
@@ -56,7 +56,7 @@ def test_a_tensor_may_have_any_name(write: Callable[[Path, dict[str, np.ndarray]
 
 
 def test_external_weights_replace_those_of_the_earlier_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.graph_file.EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr("export.graphs.graph_file.EXTERNAL_DATA_BYTES", 1000)
     data = tmp_path / "trial.onnx.data"
     for seed in range(3):
         weights = np.random.default_rng(seed).standard_normal((32, 32)).astype(np.float32)

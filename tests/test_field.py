@@ -16,7 +16,7 @@ from deepseek_client import InferenceClient, InvalidInput
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, InputError
-from export import graph_file
+from export.graphs import graph_file
 from export.model_folder import ModelFolder
 from export.rows import batches, load_rows
 from export.runtimes.pytorch_predictor import module_predictor

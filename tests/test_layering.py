@@ -33,9 +33,9 @@ TORCH_FILES = {f"export/stages/{name}.py" for name in ("prune", "to_onnx", "to_t
     "export/runtimes/tensorrt_predictor.py",
     "export/runtimes/torchscript_predictor.py",
     "export/checks/gpu_baselines.py",
-    "export/branches.py",
+    "export/graphs/branches.py",
     "export/model_folder.py",
-    "export/traceable.py",
+    "export/graphs/traceable.py",
 }
 FILES = [path for room in MAY_IMPORT for path in sorted(Path(room).rglob("*.py"))]
 

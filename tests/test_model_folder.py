@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from deepseek.spec import DeploymentSpec, InputError
+from export.dependencies.sources import files_in
 from export.model_folder import ModelFolder, in_order
 from export.precision.accuracy import evaluated
 from export.runtimes.pytorch_reference import run_torch
-from export.sources import files_in
 from tests.conftest import RunHere
 from tests.tiny_model import TOML, tiny
 

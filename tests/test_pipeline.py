@@ -16,8 +16,9 @@ import pytest
 from deepseek.spec import Target
 from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.machine.cpu import Cpu
-from export import build, digests, pipeline, plan
+from export import build, pipeline, plan
 from export.artifact import refuse
+from export.dependencies import digests
 from export.pipeline import Stage
 
 DEPLOY = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import InputError
-from export.requirements import install, pinned_versions
+from export.dependencies.requirements import install, pinned_versions
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
 from tests.tiny_model import MODEL, TOML

@@ -20,7 +20,7 @@ from deepseek.quantization import Method, QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed
 from export.artifact import onnx_path
 from export.cache import fill, stage_key
-from export.graph_file import save_graph
+from export.graphs.graph_file import save_graph
 from export.model_folder import Predict
 from export.precision.calibration import Calibration
 from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.graph_file import tensor_bytes
+from export.graphs.graph_file import tensor_bytes
 
 COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
 _CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and its layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepseek.spec import DeploymentSpec, Target
-from export.sources import ROOT
+from export.dependencies.sources import ROOT
 
 BACKEND = ROOT / "serving" / "backend"
 LIBRARY = ROOT / "deepseek"

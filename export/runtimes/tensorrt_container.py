@@ -20,9 +20,9 @@ from pathlib import Path
 from deepseek.spec import InputError, build_dir
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from export.cache import GIB, STAGE_KEYS, root
+from export.dependencies.requirements import FILE, requirements_in
 from export.machine import missing_for_container, output_of
 from export.plan import WITHOUT
-from export.requirements import FILE, requirements_in
 
 DOCKERFILE = Path("docker/export.Dockerfile")
 # torch is a pin too, although the lock file leaves its build to the machine.

@@ -36,7 +36,7 @@ from export.artifact import (
     sha256,
 )
 from export.cache import put_in_place, stage_key
-from export.graph_file import save_graph
+from export.graphs.graph_file import save_graph
 from export.model_folder import ModelFolder
 from export.precision.calibrated_graph import copied
 from export.precision.calibration import Calibration, NotFinite, calibration_of

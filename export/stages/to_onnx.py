@@ -27,9 +27,10 @@ from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
-from export.branches import sizes_of_branches
 from export.cache import put_in_place, refined, stage_key
-from export.graph_file import save_graph
+from export.graphs.branches import sizes_of_branches
+from export.graphs.graph_file import save_graph
+from export.graphs.traceable import innermost, traceable, with_any_attention
 from export.model_folder import ModelFolder, folder_of, model_py, place_of
 from export.precision.accuracy import check_metric
 from export.precision.calibration import MOST_READ, check_disjoint, disjoint, left_out, pool_size, stratified
@@ -50,7 +51,6 @@ from export.runtimes.pytorch_reference import (
     traced_sizes,
     weights_digest,
 )
-from export.traceable import innermost, traceable, with_any_attention
 
 OPSET = 20  # ModelOpt needs 19 for fp8 scales; at 23 attention becomes one op that TensorRT may not take
 

@@ -22,9 +22,9 @@ from deepseek.spec import GateFailed, InputError, build_dir, kept_for_json
 from deepseek.spec.files.folders import SCRATCH, scratch_in
 from export.artifact import staged, weights_path
 from export.cache import fill, refined, stage_key
+from export.dependencies.sources import files_in
 from export.model_folder import ModelFolder
 from export.runtimes.pytorch_reference import weights_digest
-from export.sources import files_in
 
 How = Literal["brought", "cached", "trained"]
 SAID = {

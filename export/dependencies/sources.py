@@ -20,9 +20,9 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 import deepseek
-from export.digests import RememberedDigests
+from export.dependencies.digests import RememberedDigests
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("deepseek", "export", "models", "serving")
 _INSTALLED = tuple(
     str(Path(sysconfig.get_paths()[name]).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")

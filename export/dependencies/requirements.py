@@ -26,7 +26,7 @@ from packaging.utils import canonicalize_name
 from deepseek.spec import InputError
 
 FILE = "requirements.txt"
-LOCK = Path(__file__).resolve().parents[1] / "requirements.lock"
+LOCK = Path(__file__).resolve().parents[2] / "requirements.lock"
 _HIDING = ("-r", "-c", "-e", "--requirement", "--constraint", "--editable")  # what they name would not be checked
 
 
