@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,16 +232,21 @@ def load_pruned(module: nn.Module, path: str | Path) -> nn.Module:
     for name, sizes in about["sizes"].items():
         for key, value in sizes.items():
             setattr(module.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
+    _put_weights(module, weights, same)
+    return module.eval()
+
+
+def _put_weights(module: nn.Module, weights: Mapping[str, Tensor], same: Mapping[str, str]) -> None:
+    """Replaces every tensor; `same` maps the further names of a tensor to the one under which it is stored."""
     made: dict[str, Tensor] = {}
     for names, old in _tensors(module):
         for name in names:
-            kept = same.get(name, name)  # a tensor with several names is stored once
+            kept = same.get(name, name)
             if kept not in made:
                 tensor = weights[kept].to(old.device)
                 made[kept] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, made[kept])
-    return module.eval()
 
 
 def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup, ModelQueuePolicy
@@ -63,6 +63,21 @@ def model_config(
     config.parameters["precision"].string_value = precision
     if plan.run_rows is not None:
         config.parameters["run_rows"].string_value = str(plan.run_rows)
+    _set_batching(config, spec, plan)
+    _let_bulk_wait(config)
+    if config.backend != "python":
+        _set_buckets(config, spec)
+    if _warms_up(config, spec):
+        _warm_up(config, spec, warmup)
+    if (text := spec.text_for(target)) and not spec.has_front(target):
+        take_text(config, spec, text, warmup)
+    if vocabulary is not None and not spec.has_front(target):
+        take_names(config, spec, vocabulary, warmup)
+    return config
+
+
+def _set_batching(config: ModelConfig, spec: DeploymentSpec, plan: BatchingPlan) -> None:
+    """Sets how requests join in batches, and how many of them wait for how long."""
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = spec.batching.max_queue_delay_us
     if plan.preferred_batch is not None:
@@ -72,22 +87,6 @@ def model_config(
     policy.timeout_action = ModelQueuePolicy.REJECT
     policy.default_timeout_microseconds = plan.queue_timeout_ms * 1000
     policy.allow_timeout_override = True  # clients may set a shorter timeout
-    _let_bulk_wait(config)
-    if config.backend != "python":
-        _set_buckets(config, spec)
-    for prefix, row in warmup.items() if _warms_up(config, spec) else ():
-        for batch in sorted({spec.axes[BATCH].min, spec.max_served_batch}):
-            sample = config.model_warmup.add(name=f"{prefix}-batch-{batch}", batch_size=batch)
-            for name, array in row.items():
-                entry = sample.inputs[name]
-                entry.data_type = _data_type(spec.inputs[name].dtype)
-                entry.dims.extend(array.shape[1:] or (1,))
-                entry.input_data_file = f"{prefix}-{name}"
-    if (text := spec.text_for(target)) and not spec.has_front(target):
-        take_text(config, spec, text, warmup)
-    if vocabulary is not None and not spec.has_front(target):
-        take_names(config, spec, vocabulary, warmup)
-    return config
 
 
 def _warms_up(config: ModelConfig, spec: DeploymentSpec) -> bool:
@@ -96,6 +95,18 @@ def _warms_up(config: ModelConfig, spec: DeploymentSpec) -> bool:
     The Python backend checks each request, so it would refuse these below the profile's smallest batch.
     """
     return config.backend != "python" or spec.axes[BATCH].min == 1
+
+
+def _warm_up(config: ModelConfig, spec: DeploymentSpec, warmup: Mapping[str, Row]) -> None:
+    """Adds the smallest and the largest batch of each row to the warm-up."""
+    for prefix, row in warmup.items():
+        for batch in sorted({spec.axes[BATCH].min, spec.max_served_batch}):
+            sample = config.model_warmup.add(name=f"{prefix}-batch-{batch}", batch_size=batch)
+            for name, array in row.items():
+                entry = sample.inputs[name]
+                entry.data_type = _data_type(spec.inputs[name].dtype)
+                entry.dims.extend(array.shape[1:] or (1,))
+                entry.input_data_file = f"{prefix}-{name}"
 
 
 def _let_bulk_wait(config: ModelConfig) -> None:

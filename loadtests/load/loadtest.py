@@ -11,8 +11,10 @@ import json
 import math
 import signal
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +213,26 @@ def main(args: argparse.Namespace) -> int:
     _check(args)
     loads = _loads(args)
     console = Console(stderr=True, markup=False)
+    _announce(args, loads, console)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
+    if args.worker_of:
+        return work_for(args.worker_of, loads)
+    if args.until_decided:
+        runs = [measure_until_decided(loads[0], console, budget_s=args.max_s)]
+        _show_all(args, runs)
+    else:
+        runs = measure_together(
+            loads,
+            console,
+            web_port=args.web_port if args.web else None,
+            remote=args.remote_workers is not None,
+            and_then=partial(_show_beside_page if args.web else _show_all, args),
+        )
+    return _checked(runs, loads)
+
+
+def _announce(args: argparse.Namespace, loads: list[ModelLoad], console: Console) -> None:
+    """Says what will be measured, and what it is too short for."""
     if args.until_decided:
         first = loads[0].settings
         seconds = [f"{lengths * first.duration_s:g}" for lengths in planned_looks(first, args.max_s)]
@@ -220,36 +242,24 @@ def main(args: argparse.Namespace) -> int:
             whose = f"{load.settings.model}: " if args.mix else ""
             console.print(f"note: {whose}{warning}", soft_wrap=True)
         console.print(described(load.settings), soft_wrap=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
-    if args.worker_of:
-        return work_for(args.worker_of, loads)
-    web_port = args.web_port if args.web else None
-    if web_port is not None:
-        console.print(f"Locust's page: http://127.0.0.1:{web_port}")
+    if args.web and not args.worker_of:
+        console.print(f"Locust's page: http://127.0.0.1:{args.web_port}")
 
-    def show_all(runs: list[Run]) -> None:
-        if args.json:
-            found = [summary(run) for run in runs]
-            print(json.dumps({"mix": args.mix, "runs": found} if args.mix else found[0], indent=2), flush=True)
-        else:
-            for run in runs:
-                show(run, Console(markup=False))
 
-    def show_beside_page(runs: list[Run]) -> None:
-        with suppress(KeyboardInterrupt):  # the runs are saved: Ctrl-C only closes the page
-            show_all(runs)
-            console.print("Locust's page stays open until Ctrl-C")
-            signal.pause()
+def _show_all(args: argparse.Namespace, runs: list[Run]) -> None:
+    if args.json:
+        found = [summary(run) for run in runs]
+        print(json.dumps({"mix": args.mix, "runs": found} if args.mix else found[0], indent=2), flush=True)
+    else:
+        for run in runs:
+            show(run, Console(markup=False))
 
-    and_then = show_all if web_port is None else show_beside_page
-    if args.until_decided:
-        runs = [measure_until_decided(loads[0], console, budget_s=args.max_s)]
-        show_all(runs)
-        return _checked(runs, loads)
-    runs = measure_together(
-        loads, console, web_port=web_port, remote=args.remote_workers is not None, and_then=and_then
-    )
-    return _checked(runs, loads)
+
+def _show_beside_page(args: argparse.Namespace, runs: list[Run]) -> None:
+    with suppress(KeyboardInterrupt):  # the runs are saved: Ctrl-C only closes the page
+        _show_all(args, runs)
+        print("Locust's page stays open until Ctrl-C", file=sys.stderr, flush=True)
+        signal.pause()
 
 
 def _checked(runs: list[Run], loads: list[ModelLoad]) -> int:

@@ -97,17 +97,7 @@ class _Routes:
 
 def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = None) -> int:
     """Prints the endpoints; waits for Ctrl-C, or runs `command` and returns its exit status."""
-    print(f"serving   {', '.join(server.models)} from {server.repository}")
-    for finding in server.notes:
-        print(f"warning   {finding}")
-    print(f"HTTP      http://{server.http_url}/v2")
-    print(f"gRPC      {server.grpc_url}")
-    if routes and routes.process:
-        if takes(server.served, TEXT):
-            print(f"OpenAI    {routes.process.url}")
-        print(f"page      {routes.process.url.removesuffix('v1')}")
-    print(f"metrics   {server.metrics_url}")
-    print(f"log       {server.log_path}")
+    _announce(server, routes)
     if not command:
         print("Ctrl-C stops it.", flush=True)
     sys.stdout.flush()
@@ -128,6 +118,21 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
         if child is not None and child.poll() is None:
             child.terminate()
             child.wait()
+
+
+def _announce(server: EmbeddedServer, routes: _Routes | None) -> None:
+    """Prints what is served, and where."""
+    print(f"serving   {', '.join(server.models)} from {server.repository}")
+    for finding in server.notes:
+        print(f"warning   {finding}")
+    print(f"HTTP      http://{server.http_url}/v2")
+    print(f"gRPC      {server.grpc_url}")
+    if routes and routes.process:
+        if takes(server.served, TEXT):
+            print(f"OpenAI    {routes.process.url}")
+        print(f"page      {routes.process.url.removesuffix('v1')}")
+    print(f"metrics   {server.metrics_url}")
+    print(f"log       {server.log_path}")
 
 
 def _started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
