@@ -1,6 +1,6 @@
 """Builds a model up to the repository: runs the stages whose inputs changed, and nothing else.
 
-Contract: a stage runs if its output is missing or modified, or if its inputs (`export.pipeline`) have changed;
+Contract: a stage runs if its output is missing or modified, or if its inputs (`export.stage_inputs`) have changed;
 `build/<name>/pipeline.json` records both. One build at a time runs in a model's folder; the next one waits. A killed
 build leaves no partial files, and the next build resumes where it stopped. `--explain` prints one line per stage and
 builds nothing.
@@ -27,8 +27,9 @@ from export.artifact import choice_path, pruned_path, pruning_path, refusal
 from export.cache import STAGE_KEYS, limit_bytes, predicted
 from export.dependencies.digests import RememberedDigests
 from export.dependencies.requirements import install
-from export.pipeline import Stage, StageInputs, graph_stages, key_of, named, publish_stage, stack_stage, stages_of
+from export.pipeline import Stage, graph_stages, publish_stage, stack_stage, stages_of
 from export.plan import Plan, plan_of
+from export.stage_inputs import StageInputs, key_of, named
 
 INSIDE = "/opt/export/bin/python"  # of the export image
 

@@ -1,6 +1,6 @@
 """A content-addressed cache of artifacts, shared by branches and clones.
 
-Contract: an entry is a folder named by a key, the digest of all inputs of its files (see `export.pipeline`).
+Contract: an entry is a folder named by a key, the digest of all inputs of its files (`export.stage_inputs`).
 `$DEEPSEEK_CACHE` is the cache's folder (default: `~/.cache/deepseek-deploy`; `off` turns the cache off),
 `$DEEPSEEK_CACHE_GIB` its maximum size (default: 10). Least recently used entries are evicted first. Entries appear by a
 rename, and their digests are checked on every read: a killed build or a damaged file costs a rebuild, never a wrong

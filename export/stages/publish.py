@@ -3,8 +3,8 @@
 Contract: takes the precision that `export.stages.select_precision` chose (or `--precision`); adds
 `<repository>/<name>/<next version>/` and replaces `config.pbtxt`, which names the version to serve. Both are flushed to
 disk and renamed into place: a server, running or starting, never sees a partial version or one under another's
-configuration. A version that a release into the same
-repository refused, or that a rollback removed, is published only with `--anyway` (docs/release.md).
+configuration. A version that a release into the same repository refused, or that a rollback removed, is published only
+with `--anyway` (docs/release.md).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("tests/test_select_precision.py", "tests/test_precision_choice.py", "tests/test_accuracy.py"),
     ),
     "build pipeline": (
-        ("export/pipeline.py", "export/build.py", "export/cache.py"),
+        ("export/pipeline.py", "export/stage_inputs.py", "export/build.py", "export/cache.py"),
         ("tests/test_pipeline.py", "tests/test_build.py", "tests/test_plan.py", "tests/test_cache.py"),
     ),
 }
