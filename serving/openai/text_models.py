@@ -61,10 +61,13 @@ class TextModel:
             for out in metadata.outputs
             if out.datatype in FLOATS and len(out.shape) == 2 and (out.shape[1] == 1 if pairs else out.shape[1] > 0)
         }
-        output = next(iter(sizes)) if pairs and len(sizes) == 1 else None if pairs else vector_output(sizes)
-        if output is None:
+        if pairs:
+            output = next(iter(sizes)) if len(sizes) == 1 else None
+            takes = "pairs of texts, and needs one float output [batch, 1]"
+        else:
+            output = vector_output(sizes)
             takes = "single texts, and needs a float output embedding [batch, size]"
-            takes = "pairs of texts, and needs one float output [batch, 1]" if pairs else takes
+        if output is None:
             seen = ", ".join(f"{out.name} {list(out.shape)}" for out in metadata.outputs)
             raise no_such_model(metadata.name, f"takes {takes}; outputs are {seen}")
         return cls(
