@@ -36,6 +36,7 @@ TORCH_FILES = {f"export/stages/{name}.py" for name in ("prune", "to_onnx", "to_t
     "export/graphs/branches.py",
     "export/model_folder.py",
     "export/graphs/traceable.py",
+    "export/graphs/translations.py",
 }
 FILES = [path for room in MAY_IMPORT for path in sorted(Path(room).rglob("*.py"))]
 

@@ -130,12 +130,19 @@ LOOKS = {
     "causal_mask": "self.encoder(x.view(-1, 4, 2), mask=self.mask).flatten(1)",
     "distribution": "torch.distributions.Normal(x, 1.0).log_prob(self.line(x))",
 }
+OPERATORS = {
+    "angle": "torch.atan2(torch.zeros_like(x), x)",
+    "distance": "torch.cdist(x, self.line.weight)",
+    "distance_by_products": "torch.cdist(x.repeat(1, 4), self.line.weight.repeat(1, 4))",
+    "manhattan": "torch.cdist(x, self.line.weight, p=1.0)",
+    "place": "torch.searchsorted(x.sort(stable=True).values, self.line(x)).float()",
+}
 
 
 @pytest.mark.filterwarnings("ignore:Argument order of nn.functional.embedding_bag")
 @pytest.mark.parametrize(
     ("ids", "more"),
-    [("x.abs().long()", LOOKS), ("torch.from_numpy(x.abs().long().numpy())", {})],
+    [("x.abs().long()", LOOKS | OPERATORS), ("torch.from_numpy(x.abs().long().numpy())", {})],
     ids=["traced", "which the exporter traces in another way"],
 )
 def test_modules_that_look_at_values_are_exported_and_bags_of_one_size_are_no_loop(
@@ -149,7 +156,9 @@ def test_modules_that_look_at_values_are_exported_and_bags_of_one_size_are_no_lo
     assert not {"Loop", "SequenceEmpty"} & {node.op_type for node in graph.node}
 
 
-def test_attention_with_a_bias_for_each_row_without_heads_or_without_a_key_is_exported(tmp_path: Path) -> None:
+def test_attention_with_a_bias_for_each_row_without_heads_in_windows_or_without_a_key_is_exported(
+    tmp_path: Path,
+) -> None:
     body = """x = torch.nn.functional.scaled_dot_product_attention(*3 * [x.view(-1, 4, 2)]).flatten(1)
         heads = self.line(x).view(x.shape[0], 4, 2, 1).transpose(1, 2)
         bias = self.line.weight.reshape(1, 4, 4, 4)[:, :2].expand(x.shape[0], -1, -1, -1)
@@ -158,6 +167,8 @@ def test_attention_with_a_bias_for_each_row_without_heads_or_without_a_key_is_ex
         found = found + torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=keyless)
         padding = torch.where(x[:, None, None, :4] > 9, 0.0, -torch.inf)
         found = found + torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=padding)
+        windows, seen = heads.unflatten(2, (2, 2)).transpose(1, 2), keyless[:, :, None, :2]
+        found[:, :, :2] += torch.nn.functional.scaled_dot_product_attention(windows, windows, windows, seen)[:, 0]
         return found.transpose(1, 2).contiguous().view(x.shape[0], 8)"""
     assert len(export_model(tiny(tmp_path, body=body))["checks"]) == 3
 
@@ -184,10 +195,22 @@ def test_a_size_baked_into_forward_is_refused(tmp_path: Path, body: str, capfd: 
     assert not (tmp_path / "build" / "tiny" / "fp32" / "model.onnx").exists()
 
 
-def test_the_length_of_a_sequence_stays_dynamic_after_a_recurrent_layer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = self.recurrent(x)[0]; return self.attention(y, y, y, need_weights=False)[0].mean(1)",
+        "return x.mean(1) * -(-x.shape[1] // 4)",
+        "return x.mean(1) + torch.linspace(1, 3, x.shape[1]).square().sum()",
+        "return x.mean(1) / math.sqrt(x.shape[1])",
+    ],
+    ids=["after a recurrent layer", "rounded up", "as a number of steps", "under a root"],
+)
+def test_the_length_of_a_sequence_stays_dynamic(tmp_path: Path, body: str) -> None:
     shape = 'shape = ["batch", "length", 8]'
     toml = TOML.replace('shape = ["batch", 8]', shape, 1) + "[axes.length]\nmin = 1\nopt = 5\nmax = 12\n"
     code = """
+import math
+
 def load():
     torch.manual_seed(0)
     model = Tiny()
@@ -198,7 +221,6 @@ def load():
 def samples(split):
     yield {"x": np.random.default_rng(len(split)).random((1, 7, 8), np.float32)}
 """
-    body = "y = self.recurrent(x)[0]; return self.attention(y, y, y, need_weights=False)[0].mean(1)"
     assert len(export_model(tiny(tmp_path, toml=toml, body=body, code=code))["checks"]) == 3
 
 

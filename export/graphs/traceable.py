@@ -6,6 +6,7 @@ Contract: `traceable()` restores everything at its end; `with_any_attention` exp
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -44,6 +45,8 @@ def traceable() -> Iterator[None]:
     Attention: the exporter takes only tensors of 4 dimensions, and computes a row without a key as if it had all.
 
     nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
+
+    torch.linspace and math.sqrt: a size becomes a constant.
     """
     with contextlib.ExitStack() as replaced:
         with contextlib.suppress(ImportError):  # older versions lack them
@@ -56,13 +59,33 @@ def traceable() -> Iterator[None]:
             replaced.enter_context(register_gru_while_loop_decomposition())
         replaced.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal))
         replaced.enter_context(mock.patch.object(torch.distributions.Distribution, "_validate_args", False))
+        replaced.enter_context(mock.patch.object(torch, "linspace", _linspace))
+        replaced.enter_context(mock.patch.object(math, "sqrt", _sqrt))
         for name, own in (("embedding_bag", _embedding_bag), ("scaled_dot_product_attention", _attention)):
             replaced.enter_context(mock.patch.object(torch.nn.functional, name, own))
         yield
 
 
+_sqrt_of_number = math.sqrt
+_linspace_of_fixed_size = torch.linspace
 _bags_by_offsets = torch.nn.functional.embedding_bag
 _attention_of_heads = torch.nn.functional.scaled_dot_product_attention
+
+
+def _sqrt(value: Any, /) -> Any:
+    return value**0.5 if isinstance(value, torch.SymInt | torch.SymFloat) else _sqrt_of_number(value)
+
+
+def _linspace(start: Any, end: Any, steps: Any, *, dtype: torch.dtype | None = None, **named: Any) -> torch.Tensor:
+    """Counts from both ends, as PyTorch does; PyTorch's signature."""
+    if isinstance(steps, int):
+        return _linspace_of_fixed_size(start, end, steps, dtype=dtype, **named)
+    usual = torch.get_default_dtype()
+    places = torch.arange(steps).to(dtype if dtype and dtype.is_floating_point else usual)  # (N)
+    last = places[-1:].clamp(min=1)
+    step = (end - start) / last
+    found = torch.where(2 * places < last, start + step * places, end - step * (places[-1:] - places))
+    return found.to(dtype or usual)
 
 
 def _embedding_bag(
@@ -106,7 +129,7 @@ def _attention(
     *rest: Any,
     **named: Any,
 ) -> torch.Tensor:
-    """Attention over (B, L, D) is one with a single head; PyTorch's signature.
+    """Attention over (B, L, D) is one with a single head, and windows (B, N, H, L, D) are rows; PyTorch's signature.
 
     A row whose every key is masked is 0. In the exporter's graph it is the mean of all values or NaN. A mask that is
     added is looked at only if all queries share it, as `nn.MultiheadAttention` makes it of padding.
@@ -114,6 +137,12 @@ def _attention(
     if query.dim() == 3:
         mask = attn_mask if attn_mask is None or attn_mask.dim() == 2 else attn_mask.unsqueeze(1)
         return _attention(*(each.unsqueeze(1) for each in (query, key, value)), mask, *rest, **named).squeeze(1)
+    if query.dim() > 4:
+        outer = query.shape[:-3]
+        if attn_mask is not None and attn_mask.dim() > 3:
+            attn_mask = attn_mask.expand(*outer, *attn_mask.shape[-3:]).flatten(0, -4)
+        found = _attention(*(each.flatten(0, -4) for each in (query, key, value)), attn_mask, *rest, **named)
+        return found.view(*outer, *found.shape[1:])
     found = _attention_of_heads(query, key, value, attn_mask, *rest, **named)
     if attn_mask is not None and attn_mask.is_floating_point():
         rows = attn_mask.shape[-2]  # a SymInt must not be compared: that would be a condition of the graph

@@ -31,6 +31,7 @@ from export.cache import put_in_place, refined, stage_key
 from export.graphs.branches import sizes_of_branches
 from export.graphs.graph_file import save_graph
 from export.graphs.traceable import innermost, traceable, with_any_attention
+from export.graphs.translations import TRANSLATIONS
 from export.model_folder import ModelFolder, folder_of, model_py, place_of
 from export.precision.accuracy import check_metric
 from export.precision.calibration import MOST_READ, check_disjoint, disjoint, left_out, pool_size, stratified
@@ -82,6 +83,7 @@ def onnx_from_torch(
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
                 input_names=[_placeholder(name) for name in spec.inputs],
                 dynamic_shapes=_as_declared(model, shapes),
+                custom_translation_table=TRANSLATIONS,
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,

@@ -1,0 +1,89 @@
+"""ONNX operators for functions that PyTorch's exporter lacks or translates wrongly.
+
+Contract: `TRANSLATIONS` maps a target of the traced program to a function with the target's signature, in onnxscript.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnx import TensorProto
+from onnxscript import opset20
+
+op: Any = opset20  # its types are those of whole functions of onnxscript
+EXACT_ENTRIES = 16  # of a vector; longer ones would need too much memory for their differences
+WITHOUT_PRODUCTS = 2  # what PyTorch makes of compute_mode="donot_use_mm_for_euclid_dist"
+
+
+def _floor_division(dividend: Any, divisor: Any) -> Any:
+    """`//` on sizes; the exporter's own rounds towards zero, which is wrong for -(-length // 4)."""
+    return op.Div(op.Sub(dividend, op.Mod(dividend, divisor)), divisor)
+
+
+def _atan2(y: Any, x: Any) -> Any:
+    """The exporter's own gives -pi for y = 0 and x < 0."""
+    zero, pi = op.CastLike(0.0, y), op.CastLike(math.pi, y)
+    no_angle = op.And(op.Equal(x, zero), op.Equal(y, zero))
+    angle = op.Where(no_angle, zero, op.Atan(op.Div(y, x)))
+    turned = op.Where(_negative(y, zero), op.Sub(angle, pi), op.Add(angle, pi))
+    return op.Where(_negative(x, zero), turned, angle)
+
+
+def _negative(values: Any, zero: Any) -> Any:
+    """True for -0.0 too, as its reciprocal is -Inf."""
+    return op.Less(op.Where(op.Equal(values, zero), op.Reciprocal(values), values), zero)
+
+
+def _stable_sort(values: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """ONNX sorts equal values by their index, so every sort is stable."""
+    count = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+    return op.TopK(values, count, axis=dim, largest=descending)
+
+
+def _searchsorted(
+    bounds: Any,
+    values: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Any = None,
+) -> Any:
+    """Counts the bounds (..., M) below each of the values (..., N). NaN is above all of them."""
+    if sorter is not None:
+        raise NotImplementedError("searchsorted with a sorter; sort the bounds before")
+    above = op.Greater if right or side == "right" else op.GreaterOrEqual
+    below = op.Not(above(op.Unsqueeze(bounds, [-2]), op.Unsqueeze(values, [-1])))  # (..., N, M)
+    return op.ReduceSum(op.Cast(below, to=TensorProto.INT32 if out_int32 else TensorProto.INT64), [-1], keepdims=0)
+
+
+def _cdist(first: Any, second: Any, p: float, compute_mode: int | None) -> Any:
+    """Distances (..., P, R) of the vectors (..., P, D) and (..., R, D)."""
+    entries = first.shape[-1]
+    exact = compute_mode == WITHOUT_PRODUCTS or (isinstance(entries, int) and entries <= EXACT_ENTRIES)
+    if p == 2 and not exact:
+        *outer, last, least = range(len(second.shape))
+        squares = [op.ReduceSum(op.Mul(each, each), [-1], keepdims=1) for each in (first, second)]
+        transposed = [op.Transpose(each, perm=[*outer, least, last]) for each in (second, squares[1])]
+        products = op.Mul(op.CastLike(2.0, first), op.MatMul(first, transposed[0]))
+        return op.Sqrt(op.Max(op.Sub(op.Add(squares[0], transposed[1]), products), op.CastLike(0.0, first)))
+    apart = op.Abs(op.Sub(op.Unsqueeze(first, [-2]), op.Unsqueeze(second, [-3])))  # (..., P, R, D)
+    if p == math.inf:
+        return op.ReduceMax(apart, [-1], keepdims=0)
+    if p in (1, 2):
+        return (op.ReduceL1 if p == 1 else op.ReduceL2)(apart, [-1], keepdims=0)
+    powers = op.ReduceSum(op.Pow(apart, op.CastLike(p, first)), [-1], keepdims=0)
+    return op.Pow(powers, op.CastLike(1 / p, first))
+
+
+TRANSLATIONS: dict[Callable, Callable] = {
+    operator.floordiv: _floor_division,
+    torch.ops.aten.atan2.default: _atan2,
+    torch.ops.aten.sort.stable: _stable_sort,
+    torch.ops.aten.searchsorted.Tensor: _searchsorted,
+    torch.ops.aten._cdist_forward.default: _cdist,
+}
