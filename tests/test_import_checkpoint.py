@@ -255,11 +255,21 @@ def test_the_tokenizer_lower_cases_and_cuts_as_the_checkpoint_says_and_pads_on_t
     assert {row["input_ids"][0, -2] for row in whole} == {tokenizer.token_to_id(".")}  # the texts end with a full stop
 
 
-def test_the_types_of_a_pairs_tokens_are_no_input_if_the_tokenizer_leaves_them_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "types"),
+    [
+        ({"tokenizer_class": "BertTokenizer"}, True),
+        ({"tokenizer_class": "BertTokenizer", "model_input_names": ["input_ids", "attention_mask"]}, False),
+        ({"tokenizer_class": "TokenizersBackend"}, False),
+        ({"tokenizer_class": "TokenizersBackend", "model_input_names": ["input_ids", "token_type_ids"]}, True),
+    ],
+)
+def test_the_types_of_a_pairs_tokens_are_an_input_if_the_tokenizer_gives_them(
+    settings: dict[str, Any], types: bool, tmp_path: Path
+) -> None:
     write_checkpoint(tmp_path, "bert", "cross-encoder")
-    assert Checkpoint.read(tmp_path, "auto").token_types
-    (tmp_path / "tokenizer_config.json").write_text('{"model_input_names": ["input_ids", "attention_mask"]}')
-    assert not Checkpoint.read(tmp_path, "auto").token_types
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Checkpoint.read(tmp_path, "auto").token_types == types
 
 
 def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path) -> None:

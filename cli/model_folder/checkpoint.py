@@ -116,7 +116,7 @@ class Checkpoint:
         pooling, pooling_from = _pooling(folder, modules, bool(prompts))
         types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
         tokenizer = _optional(inside / "tokenizer_config.json")
-        types &= "token_type_ids" in (tokenizer.get("model_input_names") or ["token_type_ids"])
+        types &= "token_type_ids" in (tokenizer.get("model_input_names") or _usual_inputs(tokenizer))
         return cls(
             folder=inside,
             task=task,
@@ -232,6 +232,11 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
     return found
+
+
+def _usual_inputs(tokenizer: dict[str, Any]) -> list[str]:
+    """What a tokenizer gives besides ids; the class without a model's name, new in transformers 5, has no types."""
+    return [] if tokenizer.get("tokenizer_class") == "TokenizersBackend" else ["token_type_ids"]
 
 
 def _sentence_config(folder: Path) -> str:
