@@ -46,7 +46,7 @@ INSTALLED = {name: cache_calls(getattr(importlib.metadata, name)) for name in ("
 def options_of(folder: Path, **changed: Any) -> argparse.Namespace:
     """Options of `deepseek engine` for the model in `folder`."""
     known: dict[str, Any] = {"model": "tiny", "models": folder / "models", "precision": "auto", "target": "onnxruntime"}
-    known |= {"prune": None, "data": "", "native": False, "triton_tag": "26.10", "repository": folder / "repository"}
+    known |= {"prune": None, "data": "", "native": False, "triton_tag": "", "repository": folder / "repository"}
     known |= {"anyway": False, "env_file": folder / "env", "project": None, "gateway_port": None, "host": []}
     return argparse.Namespace(**known | {"local_ports": None, "explain": False} | changed)
 
