@@ -24,6 +24,14 @@ def _floor_division(dividend: Any, divisor: Any) -> Any:
     return op.Div(op.Sub(dividend, op.Mod(dividend, divisor)), divisor)
 
 
+def _remainder(values: Any, divisor: Any) -> Any:
+    """`%` on a tensor; the exporter's own takes no divisor that is a size."""
+    divisor = op.CastLike(divisor, values)
+    if values.dtype.is_integer():
+        return op.Mod(values, divisor)
+    return op.Sub(values, op.Mul(op.Floor(op.Div(values, divisor)), divisor))
+
+
 def _atan2(y: Any, x: Any) -> Any:
     """The exporter's own gives -pi for y = 0 and x < 0."""
     zero, pi = op.CastLike(0.0, y), op.CastLike(math.pi, y)
@@ -82,6 +90,7 @@ def _cdist(first: Any, second: Any, p: float, compute_mode: int | None) -> Any:
 
 TRANSLATIONS: dict[Callable, Callable] = {
     operator.floordiv: _floor_division,
+    torch.ops.aten.remainder.Scalar: _remainder,
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.sort.stable: _stable_sort,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
