@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,9 +16,10 @@ from tests.bench.failure.run import EXPERIMENTS
 from tests.bench.publish import PAGES, benchmark_table, filled, main
 from tests.bench.results import PUBLISHED, Ratio, Run, merged, read, write
 from tests.bench.run import LONGEST_S, PARTS
-from tests.bench.setting import chosen
+from tests.bench.setting import chosen, on
 from tests.bench.tables import TABLES, Goal
 from tests.bench.training import PARTS as TRAINING
+from tests.warm import run_warm
 
 MET = Ratio.of("client p50 over tritonclient: grpc", [1.0, 1.05, 1.2, 1.02, 1.04])
 MISSED = Ratio.of("served apart: recommender fp32 over raw", [0.4, 0.5, 0.6], "1.0% refused")
@@ -138,3 +140,11 @@ def test_publishing_leaves_out_runs_with_fewer_pairs(
     assert "| 1.04 over gRPC, " in PAGES[1].read_text()
     assert PAGES[1].read_text().endswith("|\n\n## Next\n")
     assert "skipped" in capsys.readouterr().out
+
+
+def test_a_command_has_the_cores_of_the_part_that_starts_it(tmp_path: Path) -> None:
+    (tmp_path / "cores.py").write_text("import os; print(sorted(os.sched_getaffinity(0)))")
+    every = sorted(os.sched_getaffinity(0))
+    for cores in (every[:1], every):
+        with on(cores):
+            assert run_warm(["cores"], dict(os.environ), tmp_path).stdout == f"{cores}\n"

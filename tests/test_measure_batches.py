@@ -88,7 +88,7 @@ def test_queue_and_timeout_follow_from_the_same_numbers_which_the_plan_states() 
         "run_rows": size,
         "preferred_batch": size,
         "queue_timeout_ms": "p99 200 ms - 2 x 30 ms, a batch",
-        "max_queue_size": "4 x 264 rows/s x 140 ms, at least two batches an instance",
+        "max_queue_size": "4 x 264 rows/s x 140 ms, at least 128 and two batches an instance",
     }
     assert plan.measured == measured_as(ENCODER)
 
@@ -111,7 +111,7 @@ def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
 
 def test_a_model_too_slow_for_its_slo_lets_a_request_wait_for_one_batch() -> None:
     plan = plan_of(spec_of(), measured_as({1: 90.0}))
-    assert (plan.preferred_batch, plan.queue_timeout_ms, plan.max_queue_size) == (1, 90, 8)
+    assert (plan.preferred_batch, plan.queue_timeout_ms, plan.max_queue_size) == (1, 90, 128)
     assert plan.reasons["queue_timeout_ms"] == "one batch, 90 ms: p99 200 ms leaves less to wait"
 
 

@@ -32,19 +32,25 @@ def run_warm(
     """Runs a module with arguments, as `python -m` does, in the folder `cwd` (default: the current one)."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = WARM.Process(target=_become, args=(list(arguments), environment, str(cwd or Path.cwd()), out, err))
+        process = WARM.Process(
+            target=_become,
+            args=(list(arguments), environment, str(cwd or Path.cwd()), os.sched_getaffinity(0), out, err),
+        )
         process.start()
         process.join()
         assert process.exitcode is not None
         return subprocess.CompletedProcess(list(arguments), process.exitcode, out.read_text(), err.read_text())
 
 
-def _become(arguments: list[str], environment: dict[str, str], folder: str, out: Path, err: Path) -> None:
+def _become(
+    arguments: list[str], environment: dict[str, str], folder: str, cores: set[int], out: Path, err: Path
+) -> None:
     """Turns the fork into the command."""
     for path, descriptor in ((out, 1), (err, 2)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)
         os.close(opened)
+    os.sched_setaffinity(0, cores)  # the warm process has those of the thread that started it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -14,8 +14,8 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
   docs/research/2026-11-texts-in-parts.md).
 - `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
   the other is a reserve for longer rows and for noise.
-- `max_queue_size` is four times the rows that n instances serve within that time: shorter rows take less time, and a
-  caller that a full queue refuses often retries at once.
+- `max_queue_size` is four times the rows that n instances serve within that time, at least LEAST_QUEUE: shorter rows
+  take less time, and a caller that a full queue refuses often retries at once, which takes the cores from the model.
 
 Example:
     plan_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
@@ -40,6 +40,7 @@ KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
 RESERVED_BATCHES = 2  # batch times of a request's time limit that the queue leaves
 QUEUE_RESERVE = 4
+LEAST_QUEUE = 128
 SERVER_MS = 0.3  # of CPU time, Triton 2.51: the recommender in batches of 4 and of 16
 # Without a measurement.
 SHARE_IN_QUEUE = 0.5  # of the SLO's p99
@@ -195,8 +196,9 @@ def _queue_size(measured: MeasuredBatches | None, run: int, joined: int, timeout
     if measured is None:
         return DEFAULT_QUEUE_SIZE, "the default; no batch was measured"
     rate = measured.rows_per_s(run)
-    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joined * measured.instances)
-    return size, f"{QUEUE_RESERVE} x {rate:.4g} rows/s x {timeout_ms} ms, at least two batches an instance"
+    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joined * measured.instances, LEAST_QUEUE)
+    least = f"at least {LEAST_QUEUE} and two batches an instance"
+    return size, f"{QUEUE_RESERVE} x {rate:.4g} rows/s x {timeout_ms} ms, {least}"
 
 
 def batches_path(name: str, target: Target) -> Path:
