@@ -21,7 +21,7 @@ from export.rows import Row
 from models.minilm import data
 from tests.bench.peers.calls import kserve
 from tests.bench.peers.load import Load, Sender, closed_loop, http, poisson
-from tests.bench.setting import SIDE_S, Bench, Side, on
+from tests.bench.setting import SIDE_S, Bench, Side, begun_on, on
 
 USERS = 32
 APART = "apart"
@@ -36,16 +36,17 @@ TAIL_S = 10.0
 
 def apart(bench: Bench) -> None:
     """MiniLM with a core for the load generator alone, so that the difference is the server's."""
-    _minilm(bench, APART, *generator_apart())
+    cores, load_cores = generator_apart()
+    begun_on(cores, _minilm, bench, APART, load_cores)
 
 
 def shared(bench: Bench) -> None:
     """MiniLM with the load generator on the server's cores, as on a small machine."""
-    _minilm(bench, TOGETHER, every_core(), every_core())
+    _minilm(bench, TOGETHER, every_core())
 
 
-def _minilm(bench: Bench, where: str, cores: list[int], load_cores: list[int]) -> None:
-    with ExitStack() as running, on(cores):
+def _minilm(bench: Bench, where: str, load_cores: list[int]) -> None:
+    with ExitStack() as running:
         sides = {"raw": bench.raw("minilm"), "raw defaults": bench.raw("minilm", without=((),))}
         for name, how in (("fp32", ()), ("fp32 of 1 s", ("fp32", SLO_1_S)), ("auto", ("auto",))):
             server = running.enter_context(bench.server(bench.repository("minilm", *how)))
@@ -57,14 +58,18 @@ def _minilm(bench: Bench, where: str, cores: list[int], load_cores: list[int]) -
 
 def recommender(bench: Bench) -> None:
     """The recommender, a small model, in both ways."""
-    name, every = "recommender", every_core()
-    for where, (cores, load_cores) in ((APART, generator_apart()), (TOGETHER, (every, every))):
-        with on(cores):
-            raw = bench.raw(name)
-            with bench.server(bench.repository(name)) as server:
-                served = closed(binary(server.http_url, bench.specs[name], bench.rows[name]), load_cores)
-                found = bench.rounds({"raw": raw, "served": served}, 10)
-        bench.record_loads(f"served {where}: {name} fp32 over raw", found["served"], found["raw"])
+    cores, load_cores = generator_apart()
+    begun_on(cores, _recommender, bench, APART, load_cores)
+    _recommender(bench, TOGETHER, every_core())
+
+
+def _recommender(bench: Bench, where: str, load_cores: list[int]) -> None:
+    name = "recommender"
+    raw = bench.raw(name)
+    with bench.server(bench.repository(name)) as server:
+        served = closed(binary(server.http_url, bench.specs[name], bench.rows[name]), load_cores)
+        found = bench.rounds({"raw": raw, "served": served}, 10)
+    bench.record_loads(f"served {where}: {name} fp32 over raw", found["served"], found["raw"])
 
 
 def batching(bench: Bench) -> None:
@@ -84,6 +89,10 @@ def batching(bench: Bench) -> None:
 def bulk(bench: Bench) -> None:
     """p99 of online requests while bulk requests saturate the server, over alone; load generator apart."""
     cores, load_cores = generator_apart()
+    begun_on(cores, _bulk, bench, load_cores)
+
+
+def _bulk(bench: Bench, load_cores: list[int]) -> None:
     texts = data.texts("evaluation", 256)
     cases: dict[str, Callable[[str, bool], Sender]] = {
         "recommender": lambda url, is_bulk: binary(url, bench.specs["recommender"], bench.rows["recommender"], is_bulk),
@@ -97,7 +106,7 @@ def bulk(bench: Bench) -> None:
         ),
     }
     for name, sender in cases.items():
-        with on(cores), bench.server(bench.repository(name.split()[0], "auto")) as server:
+        with bench.server(bench.repository(name.split()[0], "auto")) as server:
             online, offline = sender(server.http_url, False), sender(server.http_url, True)
             rate_rps = ONLINE_SHARE * closed(online, load_cores)(0).answered_per_s
             sides = {

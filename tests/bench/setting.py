@@ -10,6 +10,7 @@ import contextlib
 import csv
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -18,7 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -238,6 +239,20 @@ def on(cores: list[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def begun_on(cores: list[int], benchmark: Callable[..., None], bench: Bench, *arguments: object) -> None:
+    """Runs `benchmark(bench, *arguments)` in a process that begins on these cores, as a server does; keeps its results.
+
+    ONNX Runtime chooses its kernels when it is imported. On a single core it leaves out those for AMX.
+    """
+    with on(cores), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        bench.results, bench.shortened = pool.submit(_results_of, benchmark, bench, arguments).result()
+
+
+def _results_of(benchmark: Callable[..., None], bench: Bench, arguments: tuple) -> tuple[list[Ratio], bool]:
+    benchmark(bench, *arguments)
+    return bench.results, bench.shortened
 
 
 def _rows_per_s_of(sessions: list[onnxruntime.InferenceSession], inputs: Row) -> Callable[[float], float]:

@@ -33,7 +33,7 @@ from tests.bench.peers.servers import ours, running
 from tests.bench.peers.table import AUTO, FP32, PEERS, SENTENCE_TRANSFORMERS
 from tests.bench.peers.workloads import LEAST_COSINE, corpus, graph_of, text_encoder
 from tests.bench.served import APART, BATCHING, TOGETHER, closed, every_core, generator_apart
-from tests.bench.setting import SIDE_S, Bench, Side, log, on
+from tests.bench.setting import SIDE_S, Bench, Side, begun_on, log
 
 MODEL, VECTOR = "minilm", "embedding"
 CHECKED = 16  # answers
@@ -49,9 +49,13 @@ LARGE = ("x" * 100_000, "long text " * 10_000, "火" * 33_000)  # 100 kB each
 
 def apart(bench: Bench) -> None:
     """Texts/s with the load generator on a core of its own."""
-    texts, (server, load) = corpus(), generator_apart()
-    with ExitStack() as stack, on(server):
-        paths = repositories(bench)
+    cores, load = generator_apart()
+    begun_on(cores, _apart, bench, load)
+
+
+def _apart(bench: Bench, load: list[int]) -> None:
+    texts, paths = corpus(), repositories(bench)
+    with ExitStack() as stack:
         raw = {f"raw {precision}": _raw(bench, precision, texts) for precision in (FP32, AUTO)}
         addresses = {name: stack.enter_context(ours(bench, path)) for name, path in paths.items()}
         targets = {
