@@ -101,8 +101,8 @@ def test_a_short_batch_is_larger_as_each_costs_the_server_time_too() -> None:
 def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
     spec = spec_of().model_copy(update={"text": TextSpec(tokenizer="tokenizer.json")})
     plan = plan_of(spec, measured_as(ENCODER))
-    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 6, 140)  # 50 ms / 7.5; 200 - 2 x 30
-    assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 50 ms (p99 / 4), at least 4"
+    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 8, 140)  # 66.7 ms / 7.5; 200 - 2 x 30
+    assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 66.7 ms (p99 / 3), at least 4"
     assert plan_of(spec, measured_as({1: 60.0})).preferred_batch == 1
     assert plan_of(spec, measured_as(ENCODER, at_once=1)).preferred_batch == 4  # two take turns: 15 ms a text
     by_hand = spec.model_copy(update={"batching": spec.batching.model_copy(update={"preferred_batch": 32})})

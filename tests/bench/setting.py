@@ -67,9 +67,13 @@ class Bench:
             shutil.copytree(build_dir(name), folder / "build" / name, ignore=shutil.ignore_patterns("loadtests"))
             shutil.copytree(Path("models", name), folder / "models" / name)
         os.environ["DEEPSEEK_BUILD"] = str(folder / "build")
-        self.specs = {name: DeploymentSpec.of_model(name, folder / "models") for name in MODELS}
         self.rows = {name: load_rows(build_dir(name) / "evaluation.npz") for name in MODELS}
         self.rows["minilm"] = rows_of_one_length(self.rows["minilm"])
+
+    @property
+    def specs(self) -> dict[str, DeploymentSpec]:
+        """The models' specs by name; read each time, since they cannot be handed to another process."""
+        return {name: DeploymentSpec.of_model(name, self.folder / "models") for name in MODELS}
 
     def pairs(self, default: int) -> int:
         """How many pairs a ratio has."""
