@@ -6,6 +6,8 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 from xml.etree import ElementTree
 
 import pytest
@@ -16,7 +18,7 @@ from tests.bench.failure.run import EXPERIMENTS
 from tests.bench.publish import PAGES, benchmark_table, filled, main
 from tests.bench.results import PUBLISHED, Ratio, Run, merged, read, write
 from tests.bench.run import LONGEST_S, PARTS
-from tests.bench.setting import chosen, on
+from tests.bench.setting import Bench, begun_on, chosen, on
 from tests.bench.tables import TABLES, Goal
 from tests.bench.training import PARTS as TRAINING
 from tests.warm import run_warm
@@ -24,6 +26,7 @@ from tests.warm import run_warm
 MET = Ratio.of("client p50 over tritonclient: grpc", [1.0, 1.05, 1.2, 1.02, 1.04])
 MISSED = Ratio.of("served apart: recommender fp32 over raw", [0.4, 0.5, 0.6], "1.0% refused")
 PLAIN = Ratio.of("int8 size over fp32: minilm", [0.65])
+BEGAN_ON = len(os.sched_getaffinity(0))  # cores of the process that imports this module
 RUN = Run(part="client", date="2026-11-29", cpu="a CPU", int8=("avx512_vnni",), cores=2, ratios=(MET, MISSED, PLAIN))
 
 
@@ -148,3 +151,15 @@ def test_a_command_has_the_cores_of_the_part_that_starts_it(tmp_path: Path) -> N
     for cores in (every[:1], every):
         with on(cores):
             assert run_warm(["cores"], dict(os.environ), tmp_path).stdout == f"{cores}\n"
+
+
+def test_a_part_with_the_generator_apart_begins_on_the_cores_of_the_server() -> None:
+    bench = cast(Bench, SimpleNamespace(results=[MET], shortened=False))
+    (core, *_) = sorted(os.sched_getaffinity(0))
+    begun_on([core], _cores_at_import, bench, MISSED.key)
+    assert [result.ratio for result in bench.results] == [MET.ratio, 1]
+    assert core in os.sched_getaffinity(0)
+
+
+def _cores_at_import(bench: Bench, key: str) -> None:
+    bench.results.append(Ratio.of(key, [BEGAN_ON]))
