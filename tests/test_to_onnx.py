@@ -135,6 +135,10 @@ OPERATORS = {
     "distance": "torch.cdist(x, self.line.weight)",
     "distance_by_products": "torch.cdist(x.repeat(1, 4), self.line.weight.repeat(1, 4))",
     "manhattan": "torch.cdist(x, self.line.weight, p=1.0)",
+    "both": "torch.logaddexp(x * 1000, self.line(x) * 1000)",
+    "log_odds": "torch.nn.functional.logsigmoid(x * 1000)",
+    "rest": "(midnight - torch.div(midnight, 86400, rounding_mode='trunc') * 86400).float()",
+    "weekday": "(midnight.div(86400, rounding_mode='floor') % 7).float()",
     "place": "torch.searchsorted(x.sort(stable=True).values, self.line(x)).float()",
 }
 
@@ -149,7 +153,8 @@ def test_modules_that_look_at_values_are_exported_and_bags_of_one_size_are_no_lo
     tmp_path: Path, ids: str, more: dict[str, str]
 ) -> None:
     bags = {name: f"torch.nn.functional.{bag}" for name, bag in BAGS.items()}
-    body = f"ids = {ids}.clamp(max=7); return {', '.join((bags | more).values())}"
+    midnight = "((x * 999).long() + 20000) * 86400 - 1"  # seconds; float32 takes it for the next day
+    body = f"ids = {ids}.clamp(max=7); midnight = {midnight}; return {', '.join((bags | more).values())}"
     source = tiny(tmp_path, toml=with_outputs(*bags, *more), body=body, code=ENCODER)
     assert len(export_model(source)["checks"]) == 3
     graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph

@@ -24,6 +24,20 @@ def _floor_division(dividend: Any, divisor: Any) -> Any:
     return op.Div(op.Sub(dividend, op.Mod(dividend, divisor)), divisor)
 
 
+def _division(dividend: Any, divisor: Any, *, rounding_mode: str | None = None) -> Any:
+    """`torch.div`; the exporter's own divides integers as float32, which is wrong from 2**24 on."""
+    divisor = op.CastLike(divisor, dividend)
+    quotient = op.Div(dividend, divisor)  # of integers: rounded towards zero
+    if dividend.dtype.is_integer():
+        if rounding_mode == "trunc":
+            return quotient
+        exact = op.Equal(op.Sub(dividend, op.Mul(quotient, divisor)), op.Mod(dividend, divisor))
+        return op.Sub(quotient, op.CastLike(op.Not(exact), dividend))
+    if rounding_mode == "trunc":
+        return op.Mul(op.Sign(quotient), op.Floor(op.Abs(quotient)))
+    return op.Floor(quotient) if rounding_mode == "floor" else quotient
+
+
 def _remainder(values: Any, divisor: Any) -> Any:
     """`%` on a tensor; the exporter's own takes no divisor that is a size."""
     divisor = op.CastLike(divisor, values)
@@ -44,6 +58,18 @@ def _atan2(y: Any, x: Any) -> Any:
 def _negative(values: Any, zero: Any) -> Any:
     """True for -0.0 too, as its reciprocal is -Inf."""
     return op.Less(op.Where(op.Equal(values, zero), op.Reciprocal(values), values), zero)
+
+
+def _log_sigmoid(values: Any) -> Any:
+    """The exporter's own is -Inf below -104."""
+    return op.Sub(op.Min(values, op.CastLike(0.0, values)), op.Softplus(op.Neg(op.Abs(values))))
+
+
+def _logaddexp(first: Any, second: Any) -> Any:
+    """The exporter's own is Inf above 88."""
+    apart = op.Abs(op.Sub(first, second))
+    apart = op.Where(op.Equal(first, second), op.CastLike(0.0, first), apart)  # Inf - Inf is NaN
+    return op.Add(op.Max(first, second), op.Softplus(op.Neg(apart)))
 
 
 def _stable_sort(values: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
@@ -90,7 +116,11 @@ def _cdist(first: Any, second: Any, p: float, compute_mode: int | None) -> Any:
 
 TRANSLATIONS: dict[Callable, Callable] = {
     operator.floordiv: _floor_division,
+    torch.ops.aten.div.Tensor_mode: _division,
+    torch.ops.aten.div.Scalar_mode: _division,
     torch.ops.aten.remainder.Scalar: _remainder,
+    torch.ops.aten.log_sigmoid.default: _log_sigmoid,
+    torch.ops.aten.logaddexp.default: _logaddexp,
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.sort.stable: _stable_sort,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
