@@ -99,6 +99,17 @@ def test_a_value_baked_in_at_the_only_shape_is_found_on_other_inputs(tmp_path: P
         check_corners(source.spec, model, lambda inputs: baked, "model.onnx", rows)
 
 
+def test_the_error_for_a_ranking_says_what_to_do_about_equal_scores(tmp_path: Path) -> None:
+    head, tail = TOML.split("[outputs.y]")
+    toml = f"{head}[outputs.y]{tail.replace('float32', 'int64', 1)}"
+    source = tiny(tmp_path, toml=toml, body="return self.line(x).argsort(-1)")
+    model, rows = source.load(), list(source.rows("evaluation", 12))
+    with pytest.raises(
+        GateFailed, match=r"if equal values are ranked, .* stable=True; .* set common in \[parity.fp32\]"
+    ):
+        check_corners(source.spec, model, lambda inputs: {"y": np.zeros(inputs["x"].shape, np.int64)}, "graph", rows)
+
+
 ENCODER = """
 def load():
     torch.manual_seed(0)

@@ -320,7 +320,7 @@ def client_errors() -> Iterator[None]:
     """Turns the client's errors into those that set a command's exit code."""
     try:
         yield
-    except (AccessDenied, InvalidInput, ModelUnavailable, Unreachable) as error:
+    except (AccessDenied, InvalidInput, ModelUnavailable, ServerError, Unreachable) as error:
         hint = "; `make serve` starts one here" if isinstance(error, Unreachable) else ""
         raise InputError(f"{error}{hint}") from None
     except InferenceError as error:

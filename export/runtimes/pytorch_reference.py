@@ -278,22 +278,28 @@ def check_corners(
             if not worst[name] <= (allowed := tolerance_of(spec, reference)):
                 raise GateFailed(
                     f"{what}: output {name!r} at {sizes_text(sizes)} is off by {worst[name]:.3g} relative to PyTorch; "
-                    f"allowed {allowed:.2g}; {_why_off(spec, worst[name])}"
+                    f"allowed {allowed:.2g}; {_why_off(spec, worst[name], reference)}"
                 )
         checks.append({"sizes": sizes, "worst_error": worst})
     return checks
 
 
-def _why_off(spec: DeploymentSpec, error: float) -> str:
+def _why_off(spec: DeploymentSpec, error: float, reference: np.ndarray) -> str:
     """Causes of an error beyond the tolerance, and what to do."""
     if math.isinf(error):
         return (
             "one of them is NaN or Inf where the other is not: in ONNX, attention of a row whose every key is masked "
             "is NaN; let each row keep one key"
         )
+    causes = "if the cause is the order of sums, set [parity.fp32] in deploy.toml"
+    if reference.dtype.kind != "f":
+        causes = (
+            "if equal values are ranked, whose order is undefined, sort with stable=True; if some may differ, set "
+            "common in [parity.fp32] of deploy.toml"
+        )
     return (
         f"if forward's code looks at a size, the graph has only the path of {sizes_text(traced_sizes(spec))}: compute "
-        "without that branch, or narrow [axes]; if the cause is the order of sums, set [parity.fp32] in deploy.toml"
+        f"without that branch, or narrow [axes]; {causes}"
     )
 
 
