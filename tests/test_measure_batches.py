@@ -105,6 +105,8 @@ def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
     assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 66.7 ms (p99 / 3), at least 4"
     assert plan_of(spec, measured_as({1: 60.0})).preferred_batch == 1
     assert plan_of(spec, measured_as(ENCODER, at_once=1)).preferred_batch == 4  # two take turns: 15 ms a text
+    alone = spec.model_copy(update={"batching": spec.batching.model_copy(update={"instances": 1, "threads": 1})})
+    assert plan_of(alone, measured_as(ENCODER, instances=1, at_once=1)).preferred_batch == 6  # 200 ms / 4 / 7.5 ms
     by_hand = spec.model_copy(update={"batching": spec.batching.model_copy(update={"preferred_batch": 32})})
     assert plan_of(by_hand, measured_as(ENCODER)).run_rows == 4
 

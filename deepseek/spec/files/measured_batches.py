@@ -9,9 +9,9 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
 - `run_rows` is the smallest b that keeps 97 % of the best throughput, n b / (t(b) + s), of all with t(b) <= L / 4. A
   request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four. s is
   what a batch costs the server beside the model (SERVER_MS). More rows run in equal parts of at least b.
-- `preferred_batch` is b. For texts, it is the most rows that take up to L / 3. They run in parts of similar length, and
-  each is answered when its part is done. More texts need less padding, but raise the tail in an overload
-  (docs/research/2026-11-texts-in-parts.md).
+- `preferred_batch` is b. For texts, it is the most rows that take up to L / 3, or L / 4 if one batch runs at once: then
+  two whole batches are ahead of a request. They run in parts of similar length, and each is answered when its part is
+  done. More texts need less padding, but raise the tail in an overload (docs/research/2026-11-texts-in-parts.md).
 - `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
   the other is a reserve for longer rows and for noise.
 - `max_queue_size` is four times the rows that n instances serve within that time, at least LEAST_QUEUE: shorter rows
@@ -38,7 +38,7 @@ from deepseek.targets import Target
 
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
-TEXTS_IN_LIMIT = 3  # as above, for joined texts
+TEXTS_IN_LIMIT = 3  # as above, for joined texts, if several batches run at once
 RESERVED_BATCHES = 2  # batch times of a request's time limit that the queue leaves
 QUEUE_RESERVE = 4
 LEAST_QUEUE = 128
@@ -174,9 +174,10 @@ def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: 
 
 def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> tuple[int, str]:
     """The most texts to join, and why."""
-    row_ms, part_ms = measured.turns * measured.ms_of(run) / run, limit_ms / TEXTS_IN_LIMIT
+    share = TEXTS_IN_LIMIT if measured.at_once > 1 else BATCHES_IN_LIMIT
+    row_ms, part_ms = measured.turns * measured.ms_of(run) / run, limit_ms / share
     rows = min(most, max(run, math.floor(part_ms / row_ms)))
-    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {TEXTS_IN_LIMIT}), at least {run}"
+    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {share}), at least {run}"
 
 
 def _timeout(measured: MeasuredBatches | None, run: int, limit_ms: float | None) -> tuple[int, str]:
