@@ -147,6 +147,8 @@ OPERATORS = {
     "distance_by_products": "torch.cdist(x.repeat(1, 4), self.line.weight.repeat(1, 4))",
     "manhattan": "torch.cdist(x, self.line.weight, p=1.0)",
     "both": "torch.logaddexp(x * 1000, self.line(x) * 1000)",
+    "both_in_double": "torch.logaddexp(x.double() * 1000, self.line(x).double()).float()",
+    "log_odds_in_double": "torch.nn.functional.logsigmoid(x.double() * 1000).float()",
     "log_odds": "torch.nn.functional.logsigmoid(x * 1000)",
     "rest": "(midnight - torch.div(midnight, 86400, rounding_mode='trunc') * 86400).float()",
     "weekday": "(midnight.div(86400, rounding_mode='floor') % 7).float()",

@@ -62,14 +62,21 @@ def _negative(values: Any, zero: Any) -> Any:
 
 def _log_sigmoid(values: Any) -> Any:
     """The exporter's own is -Inf below -104."""
-    return op.Sub(op.Min(values, op.CastLike(0.0, values)), op.Softplus(op.Neg(op.Abs(values))))
+    return op.Sub(op.Min(values, op.CastLike(0.0, values)), _log1p_exp(op.Neg(op.Abs(values)), values.dtype))
 
 
 def _logaddexp(first: Any, second: Any) -> Any:
     """The exporter's own is Inf above 88."""
     apart = op.Abs(op.Sub(first, second))
     apart = op.Where(op.Equal(first, second), op.CastLike(0.0, first), apart)  # Inf - Inf is NaN
-    return op.Add(op.Max(first, second), op.Softplus(op.Neg(apart)))
+    return op.Add(op.Max(first, second), _log1p_exp(op.Neg(apart), first.dtype))
+
+
+def _log1p_exp(values: Any, dtype: Any) -> Any:
+    """log(1 + exp(values)), for values up to 0 of this type; ONNX Runtime has no Softplus in float64."""
+    if dtype.name != "DOUBLE":
+        return op.Softplus(values)
+    return op.Log(op.Add(op.Exp(values), op.CastLike(1.0, values)))
 
 
 def _stable_sort(values: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
