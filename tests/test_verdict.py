@@ -315,6 +315,18 @@ def test_a_terminal_without_utf_8_shows_the_verdict(
     assert b"| ? 5.00 ms |" in shown.getvalue()
 
 
+def test_a_margin_that_rounds_to_zero_has_no_minus(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml = model / "tiny" / "deploy.toml"
+    toml.write_text(toml.read_text().replace("p99_ms = 5\n", "p99_ms = 5\nrate_rps = 100\n", 1))
+    run = saved_run(tmp_path / "run", steady(0.001, 6990, seconds=70), timeout_s=5.0, duration_s=70.0)
+    judged(model, "--run", str(run.folder))
+    shown = capsys.readouterr().out
+    assert "+0%" in shown
+    assert "-0%" not in shown
+
+
 def test_a_mix_is_judged_model_by_model_and_as_a_whole(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

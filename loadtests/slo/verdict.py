@@ -40,7 +40,7 @@ def _print(run: Run, judgement: SloVerdict, console: Console) -> None:
     noted = any(each.note for each in judgement.objectives)
     table = Table("objective", "limit", "seen", "margin", "", *[""] * noted)
     for each in judgement.objectives:
-        margin = f"{each.margin:+.0%}" if math.isfinite(each.margin) else ""
+        margin = f"{each.margin:+z.0%}" if math.isfinite(each.margin) else ""
         status = Text(each.status, STYLES[each.status])
         limit = f"{SIGNS[each.relation]} {formatted(each.kind, each.limit)}"
         table.add_row(each.name, limit, formatted(each.kind, each.seen), margin, status, *[each.note] * noted)
