@@ -19,14 +19,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import DeploymentSpec, InputError, PublishedManifest, TextSpec
 from deepseek.spec.checks import checked
-from deepseek.spec.files.measured_batches import (
-    BatchTime,
-    MeasuredBatches,
-    batches_path,
-    plan_of,
-    read_measured,
-    tail_limit_ms,
-)
+from deepseek.spec.files.batching_plan import plan_of, tail_limit_ms
+from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path, read_measured
 from deepseek.spec.machine.cpu import Cpu, has_int8_dot_products, this_cpu
 from export.publishing.triton_config import model_config
 from export.stages import measure_batches

@@ -175,6 +175,7 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (source("export/stages/quantize.py"), [*GRAPHS, *CHOSEN]),
         (source("export/stages/select_precision.py"), CHOSEN),
         (source("export/stages/measure_batches.py"), MEASURED),
+        (source("deepseek/spec/files/batching_plan.py"), MEASURED),
         (source("serving/backend/compute_slots.py"), SERVED),
         (source("serving/stack/stack.py"), ["stack"]),
         (source("deepseek/spec/files/manifest.py"), ["to_onnx", *GRAPHS, *CHOSEN]),

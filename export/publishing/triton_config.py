@@ -21,7 +21,8 @@ from deepseek.spec import (
     TextSpec,
     histogram_bounds_ms,
 )
-from deepseek.spec.files.measured_batches import BatchingPlan, plan_of
+from deepseek.spec.files.batching_plan import plan_of
+from deepseek.spec.files.measured_batches import BatchingPlan
 from deepseek.spec.text import OFFSETS, text_axis, token_outputs
 from deepseek.spec.vocabulary import HISTORY, MOST_NAMES, UNKNOWN, VOCABULARY, K
 from deepseek.targets import PROVIDERS, TARGETS, is_accelerator

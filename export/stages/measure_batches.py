@@ -25,14 +25,8 @@ from rich.console import Console
 
 from deepseek.onnxruntime_session import choose_provider
 from deepseek.spec import BATCH, DeploymentSpec, Precision, Target, build_dir
-from deepseek.spec.files.measured_batches import (
-    BATCHES_IN_LIMIT,
-    BatchTime,
-    MeasuredBatches,
-    batches_path,
-    plan_of,
-    tail_limit_ms,
-)
+from deepseek.spec.files.batching_plan import BATCHES_IN_LIMIT, plan_of, tail_limit_ms
+from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path
 from deepseek.spec.machine.cpu import this_cpu
 from export.artifact import choice_of, engine_path, need
 from export.cache import put_in_place, stage_key

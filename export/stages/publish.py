@@ -38,8 +38,9 @@ from deepseek.spec import (
     variables_for,
 )
 from deepseek.spec.deployment import catalogue_of
+from deepseek.spec.files.batching_plan import plan_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
-from deepseek.spec.files.measured_batches import plan_of, read_measured
+from deepseek.spec.files.measured_batches import read_measured
 from deepseek.spec.files.released import last_fate, last_number
 from deepseek.spec.files.repository import engine_model, retired, versions_of
 from deepseek.spec.machine.gpus import gpus, matching

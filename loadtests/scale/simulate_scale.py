@@ -25,8 +25,9 @@ from rich.progress import track
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, build_dir
+from deepseek.spec.files.batching_plan import plan_of
 from deepseek.spec.files.folders import write_whole
-from deepseek.spec.files.measured_batches import plan_of, read_measured
+from deepseek.spec.files.measured_batches import read_measured
 from loadtests.scale.cluster import ClusterSettings, Metric
 from loadtests.scale.service_curve import ServiceCurve
 from loadtests.scale.target_choice import LEAST_REPLICAS, TargetChoice, candidates, choose

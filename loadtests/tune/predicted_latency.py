@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from deepseek.spec.checks import checked
-from deepseek.spec.files.measured_batches import KEPT_THROUGHPUT, SERVER_MS, MeasuredBatches, plan_of, read_measured
+from deepseek.spec.files.batching_plan import KEPT_THROUGHPUT, plan_of
+from deepseek.spec.files.measured_batches import SERVER_MS, MeasuredBatches, read_measured
 from loadtests.tune.candidate_server import TuneConditions, run_with
 from loadtests.tune.search_space import ServingSettings
 

@@ -24,7 +24,8 @@ from itertools import product
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, Target, TunedBatching, TunedTarget
 from deepseek.spec.checks import Table
-from deepseek.spec.files.measured_batches import plan_of, read_measured
+from deepseek.spec.files.batching_plan import plan_of
+from deepseek.spec.files.measured_batches import read_measured
 from loadtests.slo.slo_demands import latency_limits
 
 DELAYS_US = (0, 200, 1000, 5000)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from deepseek.spec import InputError, InvalidMeasurement
-from deepseek.spec.files.measured_batches import tail_limit_ms
+from deepseek.spec.files.batching_plan import tail_limit_ms
 from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, TRIALS, RateSearch, rounded
 from loadtests.search.slo_at_rate import required_rps
 from loadtests.tune.candidate_server import START_S, USERS, CandidateServer, NotValid, TuneConditions, candidate_server

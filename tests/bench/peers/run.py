@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from deepseek.spec import InputError
+from deepseek.spec.files.batching_plan import tail_limit_ms
 from deepseek.spec.files.folders import write_whole
-from deepseek.spec.files.measured_batches import tail_limit_ms
 from tests.bench import results
 from tests.bench.peers.calls import Served, kserve, listed, openai, plain
 from tests.bench.peers.load import closed_loop, poisson

@@ -1,0 +1,131 @@
+"""The batching and queue that follow from how long batches take, and from the SLO.
+
+Contract: `plan_of` turns a measurement and the SLO into the values of `config.pbtxt`. A value that `deploy.toml` or
+tuned.toml sets wins. Imported where a plan is made, so that a change of the arithmetic rebuilds no graph.
+
+The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n the batches that run at once:
+
+- `run_rows` is the smallest b that keeps 97 % of the best throughput, n b / (t(b) + s), of all with t(b) <= L / 4. A
+  request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four. s is
+  what a batch costs the server beside the model (SERVER_MS). More rows run in equal parts of at least b.
+- `preferred_batch` is b. For texts, it is the most rows that take up to L / 3, or L / 4 if one batch runs at once: then
+  two whole batches are ahead of a request. They run in parts of similar length, and each is answered when its part is
+  done. More texts need less padding, but raise the tail in an overload (docs/research/2026-11-texts-in-parts.md).
+- `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
+  the other is a reserve for longer rows and for noise.
+- `max_queue_size` is four times the rows that n instances serve within that time, at least LEAST_QUEUE: shorter rows
+  take less time, and a caller that a full queue refuses often retries at once, which takes the cores from the model.
+
+Example:
+    plan_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
+"""
+
+from __future__ import annotations
+
+import math
+
+from deepseek.spec.deployment import DeploymentSpec
+from deepseek.spec.files.measured_batches import BatchingPlan, MeasuredBatches
+from deepseek.spec.objectives import SloSpec
+
+KEPT_THROUGHPUT = 0.97
+BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
+TEXTS_IN_LIMIT = 3  # as above, for joined texts, if several batches run at once
+RESERVED_BATCHES = 2  # batch times of a request's time limit that the queue leaves
+QUEUE_RESERVE = 4
+LEAST_QUEUE = 128
+# Without a measurement.
+SHARE_IN_QUEUE = 0.5  # of the SLO's p99
+DEFAULT_TIMEOUT_MS, DEFAULT_QUEUE_SIZE = 200, 512
+
+
+def tail_limit_ms(slo: SloSpec) -> float | None:
+    """The SLO's limit for p99 or a higher percentile; without one, its strictest latency limit. None without both."""
+    lines = [line for line in slo.all_objectives() if line.percent is not None and line.rate_rps is None]
+    tails = [line.limit for line in lines if (line.percent or 0) >= 99]
+    return min(tails or [line.limit for line in lines], default=None)
+
+
+def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: str | None = None) -> BatchingPlan:
+    """The batching and queue to serve. `precision` is by default the one that was measured.
+
+    `spec` is the result of `for_target`.
+    """
+    fitting = measured if measured is not None and measured.fits(spec, precision) else None
+    batching, limit_ms, reasons = spec.batching, tail_limit_ms(spec.slo), dict[str, str]()
+    run, reasons["run_rows"] = _run_rows(spec, fitting, limit_ms)
+    batch, reasons["preferred_batch"] = run, reasons["run_rows"]
+    if batching.preferred_batch is not None:
+        batch, reasons["preferred_batch"] = batching.preferred_batch, "set by hand"
+        if fitting and not spec.text:
+            run, reasons["run_rows"] = batch, "set by hand"
+    elif fitting and run and spec.text and limit_ms is not None:
+        batch, reasons["preferred_batch"] = _texts(fitting, run, spec.max_served_batch, limit_ms)
+    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, run or spec.max_served_batch, limit_ms)
+    timeout_ms = max(timeout_ms, math.ceil(2 * batching.max_queue_delay_us / 1000))
+    if batching.queue_timeout_ms is not None:
+        timeout_ms, reasons["queue_timeout_ms"] = batching.queue_timeout_ms, "set by hand"
+    largest = spec.max_served_batch
+    size, reasons["max_queue_size"] = _queue_size(fitting, run or largest, batch or largest, timeout_ms)
+    if batching.max_queue_size is not None:
+        size, reasons["max_queue_size"] = batching.max_queue_size, "set by hand"
+    follows = fitting is not None and any(reason != "set by hand" for reason in reasons.values())
+    return BatchingPlan(
+        preferred_batch=batch if batch != largest else None,
+        run_rows=run if run != largest else None,
+        queue_timeout_ms=timeout_ms,
+        max_queue_size=size,
+        reasons=reasons,
+        measured=fitting if follows else None,
+    )
+
+
+def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: float | None) -> tuple[int | None, str]:
+    """The fewest rows of a part, and why; None if nothing was measured."""
+    most = spec.max_served_batch
+    if measured is None:
+        return None, "not measured: batches grow to max_batch"
+    sizes = [point.rows for point in measured.times if point.rows <= most] or [most]
+    longest_ms = math.inf if limit_ms is None else limit_ms / BATCHES_IN_LIMIT
+    if not (inside := [rows for rows in sizes if measured.ms_of(rows) <= longest_ms]):
+        took = f"{sizes[0]} takes {measured.ms_of(sizes[0]):.3g} ms"
+        return sizes[0], f"the smallest: even a batch of {took}, more than {longest_ms:.3g} ms (p99 / 4)"
+    best = max(inside, key=measured.rows_per_s)
+    enough = KEPT_THROUGHPUT * measured.rows_per_s(best)
+    rows = next(rows for rows in inside if measured.rows_per_s(rows) >= enough)
+    bound = "" if limit_ms is None else f" of up to {longest_ms:.3g} ms (p99 / 4)"
+    return rows, (
+        f"batches of {rows} take {measured.ms_of(rows):.3g} ms and give {measured.rows_per_s(rows):.4g} rows/s; "
+        f"the best{bound}, of {best}, give {measured.rows_per_s(best):.4g} rows/s"
+    )
+
+
+def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> tuple[int, str]:
+    """The most texts to join, and why."""
+    share = TEXTS_IN_LIMIT if measured.at_once > 1 else BATCHES_IN_LIMIT
+    row_ms, part_ms = measured.turns * measured.ms_of(run) / run, limit_ms / share
+    rows = min(most, max(run, math.floor(part_ms / row_ms)))
+    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {share}), at least {run}"
+
+
+def _timeout(measured: MeasuredBatches | None, run: int, limit_ms: float | None) -> tuple[int, str]:
+    """How long a request may wait, in ms, and why."""
+    if limit_ms is None:
+        return DEFAULT_TIMEOUT_MS, "the default, for an SLO without a latency"
+    if measured is None:
+        return max(1, math.floor(SHARE_IN_QUEUE * limit_ms)), f"half of p99, {limit_ms:g} ms; no batch was measured"
+    batch_ms = measured.ms_of(run)
+    left_ms = limit_ms - RESERVED_BATCHES * batch_ms
+    if left_ms >= batch_ms:
+        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {RESERVED_BATCHES} x {batch_ms:.3g} ms, a batch"
+    return math.ceil(batch_ms), f"one batch, {batch_ms:.3g} ms: p99 {limit_ms:g} ms leaves less to wait"
+
+
+def _queue_size(measured: MeasuredBatches | None, run: int, joined: int, timeout_ms: int) -> tuple[int, str]:
+    """Requests that may wait, and why."""
+    if measured is None:
+        return DEFAULT_QUEUE_SIZE, "the default; no batch was measured"
+    rate = measured.rows_per_s(run)
+    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joined * measured.instances, LEAST_QUEUE)
+    least = f"at least {LEAST_QUEUE} and two batches an instance"
+    return size, f"{QUEUE_RESERVE} x {rate:.4g} rows/s x {timeout_ms} ms, {least}"
