@@ -26,7 +26,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
-from cli.gpu_steps import STACK_DOWN, STACK_UP, Step, Where, ours, steps
+from cli.gpu_steps import STACK_DOWN, STACK_UP, GpuStep, Where, ours, steps
 from deepseek.spec import build_dir
 from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.folders import alone_in, write_whole
@@ -57,7 +57,7 @@ class StepResult:
     log: str = ""
 
     @classmethod
-    def of(cls, step: Step, outcome: Outcome, reason: str, **more: Any) -> StepResult:
+    def of(cls, step: GpuStep, outcome: Outcome, reason: str, **more: Any) -> StepResult:
         command = shlex.join(step.command)
         return cls(name=step.name, outcome=outcome, reason=reason, claim=step.claim, command=command, **more)
 
@@ -82,7 +82,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def unmet(step: Step, lacks: dict[str, str], before: dict[str, StepResult]) -> str:
+def unmet(step: GpuStep, lacks: dict[str, str], before: dict[str, StepResult]) -> str:
     """The first reason to skip the step, or ""."""
     for need in step.needs:
         if lacks.get(need):
@@ -93,7 +93,7 @@ def unmet(step: Step, lacks: dict[str, str], before: dict[str, StepResult]) -> s
     return ""
 
 
-def run(step: Step, log: Path, environment: dict[str, str]) -> StepResult:
+def run(step: GpuStep, log: Path, environment: dict[str, str]) -> StepResult:
     """Runs the step until it finishes or reaches its time limit; then ends all processes that it started."""
     began, reason, code = time.monotonic(), "", 0
     with log.open("wb") as file:

@@ -28,7 +28,7 @@ RESTARTED = (
 
 
 @dataclass(frozen=True)
-class Step:
+class GpuStep:
     """One line of the report."""
 
     name: str
@@ -57,31 +57,31 @@ def ours(*words: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "cli", *words)
 
 
-def steps(where: Where, models: list[str]) -> list[Step]:
+def steps(where: Where, models: list[str]) -> list[GpuStep]:
     first, built = models[0], f"engine {models[-1]}"
     return [
         *look(),
         *(step for model in models for step in build(where, model)),
-        Step("doctor", ours("doctor", "--repository", f"{where.folder}/repository"), limit_s=60, needs=(built,)),
+        GpuStep("doctor", ours("doctor", "--repository", f"{where.folder}/repository"), limit_s=60, needs=(built,)),
         *serve(where, models),
         *improve(where, first),
         *train_and_plan(where, models),
     ]
 
 
-def look() -> list[Step]:
+def look() -> list[GpuStep]:
     """Lists what this machine has."""
     query = "--query-gpu=name,driver_version,compute_cap,memory.total,clocks.sm,clocks.max.sm"
     listed = ("docker", "images", "--filter", "reference=nvcr.io/nvidia/*", "--filter", "reference=deepseek*")
     return [
-        Step("GPU and driver", ("nvidia-smi", query, "--format=csv"), limit_s=60, needs=("gpu",)),
-        Step("Docker and Compose", ("docker", "compose", "version"), limit_s=60, needs=("docker",)),
-        Step("NVIDIA's runtime", ("docker", "info"), limit_s=60, needs=("runtime",)),
-        Step("images", listed, limit_s=60, needs=("docker",)),
+        GpuStep("GPU and driver", ("nvidia-smi", query, "--format=csv"), limit_s=60, needs=("gpu",)),
+        GpuStep("Docker and Compose", ("docker", "compose", "version"), limit_s=60, needs=("docker",)),
+        GpuStep("NVIDIA's runtime", ("docker", "info"), limit_s=60, needs=("runtime",)),
+        GpuStep("images", listed, limit_s=60, needs=("docker",)),
     ]
 
 
-def build(where: Where, model: str) -> list[Step]:
+def build(where: Where, model: str) -> list[GpuStep]:
     """An engine of each precision, then the choice, then the same model without TensorRT."""
     which = ("--model", model, "--models", where.models)
     tag = ("--target", "tensorrt", "--triton-tag", where.triton_tag)
@@ -95,7 +95,7 @@ def build(where: Where, model: str) -> list[Step]:
     engine, folder = ("engine", *which, *tag, *stack, "--repository"), f"{where.folder}/repository"
     return [
         *(
-            Step(
+            GpuStep(
                 f"engine {model} {precision}",
                 ours(*engine, f"{folder}-{precision}", "--precision", precision),
                 limit_s=FIRST_BUILD_S,
@@ -104,8 +104,8 @@ def build(where: Where, model: str) -> list[Step]:
             )
             for precision in PRECISIONS
         ),
-        Step(f"engine {model}", ours(*engine, folder), limit_s=FIRST_BUILD_S, needs=ON_GPU),
-        Step(
+        GpuStep(f"engine {model}", ours(*engine, folder), limit_s=FIRST_BUILD_S, needs=ON_GPU),
+        GpuStep(
             f"PyTorch, torch.compile, ONNX Runtime CUDA: {model}",
             ours("gpu-baselines", *which),
             limit_s=300,
@@ -114,35 +114,37 @@ def build(where: Where, model: str) -> list[Step]:
     ]
 
 
-def serve(where: Where, models: list[str]) -> list[Step]:
+def serve(where: Where, models: list[str]) -> list[GpuStep]:
     """The stack, what callers get, a kill."""
     project = ("--project-name", PROJECT, "--env-file", f"{where.folder}/env")
     compose = ("docker", "compose", *project)
     grpc, http = f"127.0.0.1:{where.grpc_port}", f"127.0.0.1:{where.http_port}"
     built, up = (f"engine {models[-1]}",), (STACK_UP,)
     start = (*compose, "up", "--detach", "--wait", "triton", "gateway")
-    found = [Step(STACK_UP, start, limit_s=FIRST_BUILD_S, needs=built)]
+    found = [GpuStep(STACK_UP, start, limit_s=FIRST_BUILD_S, needs=built)]
     for model in models:
         which = ("--model", model, "--models", where.models)
         slo = (*which, "--target", "tensorrt", "--url", grpc)
         capacity, loaded = ours("capacity", *slo, "--duration-s", "5", "--max-s", "60"), f"load test {model}"
         found += [
-            Step(f"parity {model}", ours("parity", *which, "--url", grpc, "--http-url", http), limit_s=300, needs=up),
-            Step(loaded, ours("loadtest", *slo), limit_s=240, needs=up),
-            Step(f"verdict {model}", ours("verdict", *which), limit_s=60, needs=(loaded,)),
-            Step(f"capacity {model}", capacity, limit_s=180, needs=up),
+            GpuStep(
+                f"parity {model}", ours("parity", *which, "--url", grpc, "--http-url", http), limit_s=300, needs=up
+            ),
+            GpuStep(loaded, ours("loadtest", *slo), limit_s=240, needs=up),
+            GpuStep(f"verdict {model}", ours("verdict", *which), limit_s=60, needs=(loaded,)),
+            GpuStep(f"capacity {model}", capacity, limit_s=180, needs=up),
         ]
     kill = (*compose, "exec", "-T", "triton", "bash", "-c", KILL)
     restarted = ("sh", "-c", RESTARTED, "sh", *project)
     return [
         *found,
-        Step("a kill", kill, limit_s=60, needs=up),
-        Step("serving again after the kill", restarted, limit_s=300, needs=("a kill",)),
-        Step(STACK_DOWN, (*compose, "down", "--volumes"), limit_s=120, needs=("docker", *built)),
+        GpuStep("a kill", kill, limit_s=60, needs=up),
+        GpuStep("serving again after the kill", restarted, limit_s=300, needs=("a kill",)),
+        GpuStep(STACK_DOWN, (*compose, "down", "--volumes"), limit_s=120, needs=("docker", *built)),
     ]
 
 
-def improve(where: Where, model: str) -> list[Step]:
+def improve(where: Where, model: str) -> list[GpuStep]:
     """Settings on and off, a release and a rollback, a profile; the stack is down, so the GPU is free."""
     which = ("--model", model, "--models", where.models)
     tune = ("tune", *which, "--target", "tensorrt", "--server", "stack", "--env-file", f"{where.folder}/env")
@@ -151,14 +153,14 @@ def improve(where: Where, model: str) -> list[Step]:
     other = (*which, "--repository", f"{where.folder}/repository-fp32", *grpc)
     profiled = ("nsys", "profile", "--force-overwrite=true", f"--output={where.folder}/nsys")
     return [
-        Step(
+        GpuStep(
             "dynamic batching and CUDA graphs, on and off",
             ours(*tune, "--max-batch", "1,8", *short),
             limit_s=600,
             needs=(*ON_GPU, STACK_UP),
             claim="dynamic batching gives 30 % more throughput",
         ),
-        Step(
+        GpuStep(
             "release",
             ours(
                 *("release", *other, "--target", "tensorrt", "--triton-tag", where.triton_tag),
@@ -169,8 +171,8 @@ def improve(where: Where, model: str) -> list[Step]:
             limit_s=900,
             needs=(*ON_GPU, f"engine {model} fp16", f"engine {model} fp32"),
         ),
-        Step("rollback", ours("rollback", *other), limit_s=120, needs=("release",)),
-        Step(
+        GpuStep("rollback", ours("rollback", *other), limit_s=120, needs=("release",)),
+        GpuStep(
             "nsys profile",
             (*profiled, *ours("gpu-baselines", *which)),
             limit_s=300,
@@ -180,10 +182,10 @@ def improve(where: Where, model: str) -> list[Step]:
     ]
 
 
-def train_and_plan(where: Where, models: list[str]) -> list[Step]:
+def train_and_plan(where: Where, models: list[str]) -> list[GpuStep]:
     """The guide's claims about training, and the plan's predictions."""
     return [
-        Step(
+        GpuStep(
             "mixed precision and checkpointing against fp32",
             ours("measure-training"),
             limit_s=300,
@@ -191,7 +193,7 @@ def train_and_plan(where: Where, models: list[str]) -> list[Step]:
             claim="mixed precision is 1.8 times as fast; checkpointing saves 60 % of memory",
         ),
         *(
-            Step(
+            GpuStep(
                 f"plan against measured, on the CPU: {model}",
                 ours("plan", "--model", model, "--models", where.models, "--measure"),
                 limit_s=180,

@@ -28,7 +28,7 @@ Text = str | tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class EncodedText:
     """The tokens of a text or a pair, truncated but not padded."""
 
     values: dict[str, list[int]]
@@ -95,16 +95,16 @@ class TextEncoder:
         # takes gigabytes for two of 100 kB.
         self.tokenizer.no_truncation()
 
-    def encode(self, texts: Sequence[Text]) -> list[Row]:
+    def encode(self, texts: Sequence[Text]) -> list[EncodedText]:
         """Tokens of each text, or of each pair."""
         return list(map(self._pair if self._pairs else self._single, self._encode(list(texts))))
 
-    def _single(self, found: Encoding) -> Row:
+    def _single(self, found: Encoding) -> EncodedText:
         tokens = len(found) + sum(len(part) - self._special for part in found.overflowing)
         values = {role: getattr(found, ROLES[role]) for role in self._inputs}
-        return Row(values=values, tokens=tokens, offsets=found.offsets)
+        return EncodedText(values=values, tokens=tokens, offsets=found.offsets)
 
-    def _pair(self, found: Encoding) -> Row:
+    def _pair(self, found: Encoding) -> EncodedText:
         values = {role: getattr(found, ROLES[role]) for role in self._inputs}
         if len(found) > self._max_tokens:
             of = found.sequence_ids  # of each token: 0 or 1, the text that it is from; None for a special one
@@ -115,9 +115,9 @@ class TextEncoder:
                 kept.update(places[len(places) - count :] if self._cuts_left else places[:count])
             order = sorted(kept)
             values = {role: [column[place] for place in order] for role, column in values.items()}
-        return Row(values=values, tokens=len(found))
+        return EncodedText(values=values, tokens=len(found))
 
-    def batch(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    def batch(self, rows: Sequence[EncodedText]) -> dict[str, np.ndarray]:
         """The model's inputs for rows, each (rows, length of the longest)."""
         length = self._padded(max(map(len, rows)))
         found = {}
@@ -133,11 +133,11 @@ class TextEncoder:
         """The length that rows of up to `tokens` are padded to."""
         return next((length for length in self._lengths if length >= tokens), tokens)
 
-    def unpadded(self, values: np.ndarray, row: Row) -> np.ndarray:
+    def unpadded(self, values: np.ndarray, row: EncodedText) -> np.ndarray:
         """A model's values for the tokens of a row (length, ...), without padding."""
         return values[len(values) - len(row) :] if self._pads_left else values[: len(row)]
 
-    def parts(self, rows: Sequence[Row], most_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
+    def parts(self, rows: Sequence[EncodedText], most_tokens: int) -> Iterator[tuple[list[int], dict[str, np.ndarray]]]:
         """Batches of rows of similar length, the shortest first: `most_tokens` with padding, or one row.
 
         Yields the places of the rows in `rows`, and the model's inputs.

@@ -14,7 +14,7 @@ import torch
 
 from cli import gpu_check
 from cli.gpu_check import missing, run, unmet
-from cli.gpu_steps import Step, Where, steps
+from cli.gpu_steps import GpuStep, Where, steps
 from cli.main import values_of
 from serving.doctor.machine import Gpu, Machine
 from tests.conftest import RunHere
@@ -24,9 +24,11 @@ WHERE = Where(folder=Path("/check"), models="models", triton_tag="26.10", gatewa
 ADA = Gpu(name="L4", compute_capability="8.9", driver="580.1", memory_bytes=1)
 
 
-def python(name: str, code: str, *, limit_s: int = 60, needs: tuple[str, ...] = ()) -> Step:
+def python(name: str, code: str, *, limit_s: int = 60, needs: tuple[str, ...] = ()) -> GpuStep:
     """A step that runs Python code."""
-    return Step(name=name, command=(sys.executable, "-c", code), limit_s=limit_s, needs=needs, claim=f"claim of {name}")
+    return GpuStep(
+        name=name, command=(sys.executable, "-c", code), limit_s=limit_s, needs=needs, claim=f"claim of {name}"
+    )
 
 
 def ended(pid: int) -> bool:
@@ -34,7 +36,7 @@ def ended(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def check(monkeypatch: pytest.MonkeyPatch, folder: Path, *table: Step) -> tuple[int, dict[str, dict]]:
+def check(monkeypatch: pytest.MonkeyPatch, folder: Path, *table: GpuStep) -> tuple[int, dict[str, dict]]:
     """Exit code of a check of these steps, and its results by name."""
     monkeypatch.setattr(gpu_check, "steps", lambda where, models: list(table))
     code = gpu_check.main(values_of("gpu-check", "--output", str(folder)))
@@ -68,7 +70,7 @@ def test_an_inconclusive_measurement_is_not_a_failure(monkeypatch: pytest.Monkey
 def test_an_interrupted_check_takes_its_stack_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran: list[str] = []
 
-    def interrupted(step: Step, log: Path, environment: dict[str, str]) -> None:
+    def interrupted(step: GpuStep, log: Path, environment: dict[str, str]) -> None:
         ran.append(step.name)
         if step.name == "load":
             raise KeyboardInterrupt

@@ -136,3 +136,13 @@ def test_consoles_do_not_interpret_brackets_as_markup() -> None:
     for path in FILES:
         text = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL) if path.parts[0] != "models" else ""
         assert [call for call in re.findall(r"\bConsole\(.*", text) if "markup=False" not in call] == [], path
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    found: dict[str, list[Path]] = {}
+    for path in FILES:
+        if "templates" not in path.parts and "models" not in path.parts:  # a user's own classes
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(path)
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}

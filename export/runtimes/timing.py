@@ -51,7 +51,7 @@ def time_interleaved(timers: Mapping[str, Timer]) -> dict[str, list[float]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class SpeedComparison:
     """One variant's speed against another's."""
 
     result: Literal["faster", "slower", "not distinguishable"]
@@ -59,7 +59,7 @@ class Comparison:
     """Median speedup over the rounds."""
 
 
-def compared(own: Sequence[float], base: Sequence[float]) -> Comparison:
+def compared(own: Sequence[float], base: Sequence[float]) -> SpeedComparison:
     """Compares the seconds of two variants in the same rounds."""
     ratios = sorted(slow / fast for slow, fast in zip(base, own, strict=True))
     quarter = len(ratios) // 4
@@ -68,7 +68,7 @@ def compared(own: Sequence[float], base: Sequence[float]) -> Comparison:
         result = "faster"
     elif ratios[-1 - quarter] < 1:
         result = "slower"
-    return Comparison(result=result, ratio=statistics.median(ratios))
+    return SpeedComparison(result=result, ratio=statistics.median(ratios))
 
 
 def clocks() -> str:

@@ -32,7 +32,7 @@ MEANINGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PhaseRow:
     """A part of the mean request."""
 
     name: str
@@ -70,7 +70,7 @@ class Function:
     """With its callees, as a share of the backend's CPU time."""
 
 
-def phases(recorded: Recorded) -> list[Row]:
+def phases(recorded: Recorded) -> list[PhaseRow]:
     """The phases that occurred, in the order of a request."""
     found: dict[str, list[float]] = defaultdict(list)
     for call in recorded.traced:
@@ -82,15 +82,15 @@ def phases(recorded: Recorded) -> list[Row]:
     return _rows({name: found[name] for name in PHASES if name in found}, recorded.traced)
 
 
-def _rows(parts: dict[str, list[float]], calls: Sequence[Call]) -> list[Row]:
+def _rows(parts: dict[str, list[float]], calls: Sequence[Call]) -> list[PhaseRow]:
     whole_ms = sum(call.finish_ns - call.encode_ns for call in calls) / 1e6
     return [
-        Row(name=name, mean_ms=sum(each) / len(calls), largest_ms=max(each), share=sum(each) / whole_ms)
+        PhaseRow(name=name, mean_ms=sum(each) / len(calls), largest_ms=max(each), share=sum(each) / whole_ms)
         for name, each in parts.items()
     ]
 
 
-def within_infer(recorded: Recorded) -> list[Row]:
+def within_infer(recorded: Recorded) -> list[PhaseRow]:
     """The parts of infer: before the graph (the backend wakes and waits for its turn), the graph, after it."""
     parts: dict[str, list[float]] = defaultdict(list)
     calls = []

@@ -107,7 +107,7 @@ def percentiles(runs: Sequence[Run], slos: Sequence[SloSpec]) -> str:
 
 
 @dataclass(frozen=True)
-class Step:
+class ChartStep:
     """A stretch of a run that is one step of a chart over time."""
 
     start_s: float
@@ -129,7 +129,7 @@ def step_s(runs: Sequence[Run]) -> float:
     return float(next((step for step in STEPS_S if longest / step <= MOST_STEPS), STEPS_S[-1]))
 
 
-def steps(run: Run, width_s: float) -> list[Step]:
+def steps(run: Run, width_s: float) -> list[ChartStep]:
     """The steps from the warm-up to the end of the window, including steps without requests."""
     parts: dict[int, list[Second]] = {}
     for second in run.seconds:
@@ -139,7 +139,7 @@ def steps(run: Run, width_s: float) -> list[Step]:
     for number in range(min(parts, default=0), max(parts, default=-1) + 1):
         start = max(number * width_s, -math.ceil(run.settings.warmup_s))
         end = min((number + 1) * width_s, run.settings.duration_s)
-        found.append(Step(start, end, Stretch(run.settings, parts.get(number, []), end - start)))
+        found.append(ChartStep(start, end, Stretch(run.settings, parts.get(number, []), end - start)))
     return found
 
 
@@ -153,7 +153,7 @@ def _over_time(runs: Sequence[Run], y: Scale, label: str, y_unit: str) -> Chart:
     return chart
 
 
-def _add_tips(chart: Chart, texts: Iterable[tuple[Step, str]]) -> None:
+def _add_tips(chart: Chart, texts: Iterable[tuple[ChartStep, str]]) -> None:
     lines: dict[str, tuple[float, list[str]]] = {}
     for step, text in texts:
         lines.setdefault(step.name, (step.middle_s, []))[1].append(text)
@@ -236,7 +236,7 @@ def rate_over_time(runs: Sequence[Run]) -> str:
     return chart.figure()
 
 
-def _counts(curve: Curve, drawn: Iterable[Step], single: bool) -> Iterator[tuple[Step, str]]:
+def _counts(curve: Curve, drawn: Iterable[ChartStep], single: bool) -> Iterator[tuple[ChartStep, str]]:
     for step in drawn:
         own = step.stretch
         planned = f"{own.planned_rps:.4g} planned, " if curve.run.settings.open_loop else ""
