@@ -120,6 +120,7 @@ def test_small_tensors_use_the_socket_unless_shared_memory_is_required(server: E
         for client in (auto, always):
             np.testing.assert_array_equal(client.infer("add_one", {"x": small})["y"], small + 1)
         assert (shared(auto, "add_one"), shared(always, "add_one")) == (0, 1)
+        assert [bool(client.prepare("add_one", {"x": small}).parts) for client in (auto, always)] == [True, False]
 
 
 @protocols

@@ -23,6 +23,7 @@ GOOD = Path("models/recommender/deploy.toml").read_text()
 
 MISTAKES = {
     "unknown key": ("p99_ms = 50", "p9_ms = 50", "slo.p9_ms: unknown key (seen 50); allowed:", "did you mean p99_ms?"),
+    "a table in capitals": ("[slo]", "[SLO]", "SLO: unknown key", "did you mean slo?"),
     "misspelt required key": ('dtype = "int64"', 'dtipe = "int64"', "inputs.item_ids.dtipe: unknown key", "dtype"),
     "min above opt": ("min = 1", "min = 17", "axes.batch: seen min 17, opt 16, max 64", "min <= opt <= max"),
     "an undeclared axis": ('["batch", 20]', '["batch", "top"]', "outputs.items.shape: seen 'top'; axes are batch", ""),

@@ -96,7 +96,7 @@ def first_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
         return key, "missing; it is required"
     if first["type"] == "extra_forbidden":
         allowed = _allowed_keys(model, loc[:-1])
-        close = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
+        close = difflib.get_close_matches(str(loc[-1]).lower(), allowed, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return key, f"unknown key (seen {first['input']!r}); allowed: {', '.join(allowed)}{hint}"
     if first["type"] == "value_error":
