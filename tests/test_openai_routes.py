@@ -142,6 +142,19 @@ def test_large_answers_are_refused_beyond_the_memory_they_may_take() -> None:
     assert asyncio.run(run()) == [429, 200, 200, 200, 200, 200]
 
 
+def test_bodies_of_unknown_size_count_as_they_are_once_they_arrived() -> None:
+    async def run() -> list[int]:
+        triton = StandIn()
+        async with in_front_of(triton, SMALL) as address:
+            asked = [asyncio.create_task(embed(address, ["a"], chunked=True)) for _ in range(32)]
+            while len(triton.calls) < 32 and not any(each.done() for each in asked):
+                await asyncio.sleep(0.01)
+            triton.released.set()
+            return [status for status, _ in await asyncio.gather(*asked)]
+
+    assert asyncio.run(run()) == [200] * 32
+
+
 def test_a_header_makes_a_request_bulk() -> None:
     """It then waits behind others, in parts of the batch that Triton prefers."""
 

@@ -9,8 +9,8 @@ import asyncio
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,8 +79,8 @@ class Routes:
         )
 
     async def _embed(self, request: web.Request) -> web.Response:
-        with self._hold_body(request):
-            asked = EmbeddingRequest.read(await _body(request))
+        async with self._held_body(request) as body:
+            asked = EmbeddingRequest.read(body)
             model = await self._model(request, asked.model, len(asked.texts))
             per_number = NUMBER_BYTES if asked.encoding_format == "base64" else DIGITS_BYTES
             with self._hold_answer(len(asked.texts) * model.size * per_number):
@@ -88,25 +88,26 @@ class Routes:
                 return await _sent(request, web.Response(body=answer, content_type="application/json"))
 
     async def _compare(self, request: web.Request) -> web.Response:
-        with self._hold_body(request):
-            asked = SimilarityRequest.read(await _body(request))
+        async with self._held_body(request) as body:
+            asked = SimilarityRequest.read(body)
             model = await self._model(request, asked.model, 1 + len(asked.inputs.sentences))
             with self._hold_answer(len(asked.inputs.sentences) * model.size * NUMBER_BYTES):
                 answer = await similarities(self._triton, self._metrics, model, asked)
                 return await _sent(request, web.json_response(answer))
 
     async def _rerank(self, request: web.Request) -> web.Response:
-        with self._hold_body(request):
-            asked = RerankRequest.read(await _body(request))
+        async with self._held_body(request) as body:
+            asked = RerankRequest.read(body)
             model = await self._model(request, asked.model, len(asked.texts), pairs=True)
             copies = min(len(asked.texts), model.max_batch * model.parts_at_once)  # each text goes with the query
-            with self._hold(copies * len(asked.query.encode())):
+            size = min(len(asked.query.encode()), model.max_bytes)  # a larger query is refused before it is copied
+            with self._hold(copies * size):
                 answer = await scores(self._triton, self._metrics, model, asked)
             return await _sent(request, web.Response(body=answer, content_type="application/json"))
 
     async def _recommend(self, recommenders: Recommenders, request: web.Request) -> web.Response:
-        with self._hold_body(request):
-            return await recommenders.recommend(request.match_info["model"], await _body(request))
+        async with self._held_body(request) as body:
+            return await recommenders.recommend(request.match_info["model"], body)
 
     async def _model(self, request: web.Request, name: str | None, texts: int, *, pairs: bool = False) -> TextModel:
         """The model for a request with this number of texts, noted for the metrics; a header makes it bulk."""
@@ -134,14 +135,18 @@ class Routes:
     async def _document(self, _: web.Request) -> web.Response:
         return web.json_response(document(self._routes))
 
-    def _hold_body(self, request: web.Request) -> AbstractContextManager[None]:
-        """Holds the body while it is read and used. Raises ApiError."""
+    @asynccontextmanager
+    async def _held_body(self, request: web.Request) -> AsyncIterator[bytes]:
+        """The body. It counts while it is read and used; of unknown size, as the largest until it is read."""
         if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
             raise ApiError(415, f"Content-Encoding: seen {encoding[:60]!r}; send the body uncompressed")
         size = BODY_BYTES if request.content_length is None else request.content_length
         if size > BODY_BYTES:
             raise web.HTTPRequestEntityTooLarge(BODY_BYTES, size)
-        return self._hold(size)
+        with self._hold(size):
+            body = await _body(request)
+        with self._hold(len(body)):
+            yield body
 
     def _hold_answer(self, size: int) -> AbstractContextManager[None]:
         """Holds an answer besides its body. One that is larger than all the room is computed if it is alone."""
