@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -24,12 +25,13 @@ from deepseek_client import (
     InvalidInput,
     ModelStatistics,
     PreparedRequest,
+    ServerBusy,
 )
 from deepseek_client.transport import Tensor
 
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, write_add_one
-from tests.failing_servers import answering, grpc_answering, protocols, refuse, status, url_of
+from tests.failing_servers import accepting, answering, grpc_answering, protocols, refuse, status, url_of
 from tests.gateway import wait_for
 
 X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
@@ -170,6 +172,30 @@ def test_disabled_shared_memory_is_not_mistaken_for_a_lost_connection(protocol: 
         with client, pytest.raises(InvalidInput, match=r"is disabled.*'auto' uses the socket"):
             client.send(REQUEST)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "regions"),
+    [
+        pytest.param("Exceeds maximum queue size", 1, id="did not run"),
+        pytest.param("upstream connect error", 2, id="a proxy lost the server, which may still write into the region"),
+    ],
+)
+def test_a_region_is_used_again_only_if_the_request_did_not_run(refusal: str, regions: int) -> None:
+    seen = set()
+
+    def answer(connection: socket.socket) -> None:
+        head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+        if b"/infer " not in head:
+            return status("200 OK", "{}")(connection)
+        seen.add(json.loads(body)["inputs"][0]["parameters"]["shared_memory_region"])
+        return status("503 Service Unavailable", json.dumps({"error": refusal}))(connection)
+
+    with accepting(answer) as url, InferenceClient(url, "http", shared_memory=True, retries=0) as client:
+        for _ in range(2):
+            with pytest.raises(ServerBusy):
+                client.send(REQUEST)
+    assert len(seen) == regions
 
 
 def test_a_restarted_server_gets_new_regions(repository: Path) -> None:

@@ -119,8 +119,8 @@ class Regions:
                 while left := self._pop():  # the server was restarted and knows none
                     left.free()
                 return await self._transport.send(request, deadline, headers, cancel), False
-            was_answered = not isinstance(error, ConnectionLost | DeadlineExceeded)
-            (self._give_back if was_answered else self._abandon)(region)
+            may_run = error.may_have_run or isinstance(error, DeadlineExceeded)
+            (self._abandon if may_run else self._give_back)(region)
             raise
         except BaseException:  # interrupted
             self._abandon(region)
@@ -148,7 +148,7 @@ class Regions:
         return region
 
     def _give_back(self, region: Region) -> None:
-        """Takes back a region after any answer: the server is done with it."""
+        """Takes back a region that the server is done with."""
         if self._closed:
             region.free()
         else:
