@@ -79,6 +79,12 @@ def test_without_a_valid_key_nothing_is_answered(gateway: Gateway, header: str) 
     assert b"Bearer <key>" in answer
 
 
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer "])
+def test_the_scheme_of_a_key_counts_in_any_case(gateway: Gateway, scheme: str) -> None:
+    header = f"Authorization: {scheme} {gateway.key}"
+    assert gateway.http("GET", "/v2/health/ready", header, key="")[0] == 200
+
+
 @pytest.mark.parametrize("key", ["", "dsk_" + "A" * 43, "x"])
 def test_grpc_without_a_valid_key_is_unauthenticated(gateway: Gateway, key: str) -> None:
     assert gateway.grpc_status(f"{SERVICE}/ServerLive", key=key) == "UNAUTHENTICATED"
