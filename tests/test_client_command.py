@@ -14,10 +14,12 @@ import pytest
 from deepseek_client.cli import tables
 from deepseek_client.cli.main import main
 from deepseek_client.cli.tables import tensor_table
+from deepseek_client.metadata import DTYPES
 from rich.console import Console
 
 from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import protocols, url_of
+from tests.fake_kserve import SIGNATURE, http_json, http_serving
 
 
 @protocols
@@ -151,3 +153,31 @@ def test_only_the_numbers_that_are_shown_become_text(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tables, "_value", text_of)
     assert ["of 5000"] in shown({"scores": np.arange(5000.0)[None]}, {}, 3)
     assert made == [0, 1, 2]
+
+
+@pytest.mark.parametrize("datatype", ["FP16", "FP32", "BF16"])
+def test_numbers_that_json_and_numpy_lack_are_shown_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], datatype: str
+) -> None:
+    numbers = np.array([[1.5, np.nan, -np.inf]], DTYPES[datatype])
+    y = {"name": "y", "datatype": datatype, "shape": [1, 3], "parameters": {"binary_data_size": numbers.nbytes}}
+    tensors = {
+        kind: [{"name": name, "datatype": datatype, "shape": [-1, 3]}]
+        for kind, name in (("inputs", "x"), ("outputs", "y"))
+    }
+
+    def answer(path: str, body: bytes) -> bytes:
+        if path.endswith("/infer"):
+            return http_json({"outputs": [y]}, numbers.tobytes())
+        return http_json({"max_batch_size": 8} if path.endswith("/config") else SIGNATURE | tensors)
+
+    (tmp_path / "request.json").write_text('{"x": [[1, 2, 3]]}')
+    files = ["--inputs", str(tmp_path / "request.json"), "--output", str(tmp_path / "answer.npz")]
+    with http_serving(answer) as url:
+        assert main(["infer", "m", "--protocol", "http", "--url", url, "--json", *files]) == 0
+        told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert main(["infer", "m", "--protocol", "http", "--url", url, *files]) == 0
+    assert told["outputs"]["y"] == [[1.5, None, None]]
+    assert "1.5000" in capsys.readouterr().out
+    with np.load(tmp_path / "answer.npz") as written:
+        np.testing.assert_array_equal(written["y"], numbers.astype(written["y"].dtype))

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from deepseek_client.cli.input_file import filled, read_inputs
-from deepseek_client.cli.tables import read_labels, signature_line, signature_table, tensor_table
+from deepseek_client.cli.tables import read_labels, signature_line, signature_table, tensor_table, widened
 from deepseek_client.client import InferenceClient
 from deepseek_client.errors import AccessDenied, InferenceError, InvalidInput, ModelNotFound, Unreachable
 from deepseek_client.metadata import ModelMetadata, TensorMetadata
@@ -110,7 +110,7 @@ def infer(
     if output:
         _write(output, plain)
     if as_json:
-        answer = {name: array.tolist() for name, array in plain.items()}
+        answer = {name: _listed(array) for name, array in plain.items()}
         print(json.dumps({"model": model, "latency_ms": round(latency_ms, 3), "outputs": answer}))
     else:
         batched = signature.max_batch_size != 0
@@ -131,10 +131,17 @@ def _texts(texts: Sequence[str], signature: ModelMetadata) -> np.ndarray:
     return values.reshape(-1, 2)
 
 
+def _listed(array: np.ndarray) -> Any:
+    """The values for JSON, which has no NaN and no infinity: they become null."""
+    if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
+        return np.where(finite, array, None).tolist()
+    return array.tolist()
+
+
 def _decoded(array: np.ndarray) -> np.ndarray:
     """Converts strings, which arrive as objects, to text: JSON and .npz without pickle cannot hold objects."""
     if array.dtype != np.object_:
-        return array
+        return widened(array)
     return np.array([value.decode("utf-8", "replace") for value in array.flat], dtype=str).reshape(array.shape)
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek_client.errors import InvalidInput
-from deepseek_client.metadata import ModelMetadata
+from deepseek_client.metadata import DTYPES, ModelMetadata
 
 Labels = Mapping[str, Sequence[str]]
 
@@ -53,7 +53,8 @@ def tensor_table(
 ) -> Table:
     """The tensors of a request (`last`) or of an answer. Ids whose labels another column has are shown as numbers."""
     rows = {
-        name: np.asarray(array[0] if batched and array.ndim and len(array) else array) for name, array in arrays.items()
+        name: widened(np.asarray(array[0] if batched and array.ndim and len(array) else array))
+        for name, array in arrays.items()
     }
     columns = {name: _cells(row, labels.get(name), top, last=last) for name, row in rows.items()}
     own = [column for name, column in columns.items() if name not in labels]
@@ -70,6 +71,11 @@ def tensor_table(
         line_of = (column[line] if line < len(column) else "" for column in cells)
         table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in line_of))
     return table
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, which has all of its values: neither numpy's files nor formats know it."""
+    return array.astype(np.float32) if array.dtype == DTYPES["BF16"] else array
 
 
 def _cells(row: np.ndarray, names: Sequence[str] | None, top: int, *, last: bool) -> tuple[str, list[str]]:
