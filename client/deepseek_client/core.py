@@ -92,15 +92,15 @@ class ClientCore:
         replicas = sorted(self._replicas.all, key=lambda replica: replica.ejected)
         if len(replicas) == 1:
             return await self._retrier.call(lambda r, _: r.transport.ready(model, version, deadline), deadline, model)
-        failure, answers = None, 0
+        failure, answered = None, False
         for left, replica in zip(range(len(replicas), 0, -1), replicas, strict=True):
             try:  # each gets an equal share of the time left: a replica that never answers does not hide the others
                 if await replica.transport.ready(model, version, deadline.part(left)):
                     return True
-                answers += 1
+                answered = True
             except InferenceError as error:
                 failure = error
-        if not answers and failure is not None:
+        if not answered and failure is not None:
             raise failure
         return False
 
