@@ -134,7 +134,8 @@ def _texts(texts: Sequence[str], signature: ModelMetadata) -> np.ndarray:
 def _listed(array: np.ndarray) -> Any:
     """The values for JSON, which has no NaN and no infinity: they become null."""
     if array.dtype.kind == "f" and not (finite := np.isfinite(array)).all():
-        return np.where(finite, array, None).tolist()
+        array = array.astype(object)
+        array[~finite] = None
     return array.tolist()
 
 
