@@ -117,6 +117,15 @@ def test_only_the_bad_request_of_a_part_fails_and_no_other_runs_twice(backend: A
     assert model.ran == [2, 2, 1, 1]
 
 
+def test_a_request_of_several_parts_is_answered_beside_one_that_fails(backend: Any, tmp_path: Path) -> None:
+    model = model_of(backend, 2, tmp_path)
+    answers: dict[int, Any] = {}
+    for found in model._responses([Request(-1), Request(2, 3, 4, 5)], model._results):
+        answers |= found
+    assert answers == {0: "INVALID_ARG: inference failed: negative", 1: {"y": [[3], [4], [5], [6]]}}
+    assert model.ran == [2, 1, 2, 2]
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_a_batch_outside_the_profile_is_refused_and_not_joined_with_others(
     backend: Any, tmp_path: Path, rows: int

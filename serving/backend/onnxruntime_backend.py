@@ -222,7 +222,8 @@ class TritonPythonModel:
                 return
         for place in read:  # those of a part that failed
             for responses in self._responses([requests[place]], run):
-                yield {place: responses[0]}
+                if responses:  # not before its last part
+                    yield {place: responses[0]}
 
     def _reader(self, sent: list[str]) -> Any:
         """The reader of requests with these inputs."""
