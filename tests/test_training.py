@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -267,6 +268,17 @@ def test_a_wrong_argument_is_a_one_line_error() -> None:
         train_model(network(), points(), points(), cross_entropy, settings(), checkpoints="/dev/null/run")
     with pytest.raises(InputError, match="mixed_precision: seen 'bf16'; this process has trained in another precision"):
         train_model(network(), points(), points(), cross_entropy, settings(mixed_precision="bf16"))
+
+
+def test_a_model_trained_in_mixed_precision_computes_in_its_own_precision_afterwards() -> None:
+    model, fresh = network(), network().eval()
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have trained in another one
+    try:
+        train_model(model, points(), points(1), cross_entropy, settings(max_epochs=1, mixed_precision="bf16"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(points()[:][0]), fresh(points()[:][0]))
 
 
 @pytest.mark.parametrize(

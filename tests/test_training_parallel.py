@@ -20,6 +20,7 @@ from torch import nn
 
 from deepseek.spec import InputError
 from deepseek.training.pipeline import arguments, as_layers, cut, part
+from deepseek.training.ways import check_tied
 from loadtests.load.child_process import free_ports
 from tests.conftest import run_module
 from tests.test_training import cross_entropy
@@ -154,6 +155,16 @@ def test_a_decoder_equals_the_chain_of_its_layers() -> None:
     assert {name for each in parts for name in each.state_dict()} == set(layers.state_dict())
     with pytest.raises(InputError, match=r"needs an nn.Sequential, or .* padding_id=None .* seen Transformer"):
         as_layers(tiny())
+
+
+def test_a_weight_that_two_parts_share_is_refused() -> None:
+    """Each process would train its own copy: tied embeddings would come apart."""
+    head = nn.Linear(16, 32, bias=False)
+    layers = as_layers(nn.Sequential(tiny(padding_id=None, vocab_size=32), head))
+    check_tied(layers, [part(layers, rank, 2) for rank in (0, 1)], "pipeline")
+    head.weight = layers[0].tokens.weight
+    with pytest.raises(InputError, match=r"parallel: 'pipeline': \d.weight is also a weight of another layer"):
+        check_tied(layers, [part(layers, rank, 2) for rank in (0, 1)], "pipeline")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
-from deepseek.training.ways import LossFunction, Weights, copied, keep_in_shards, rows_of
+from deepseek.training.ways import LossFunction, Weights, check_tied, copied, keep_in_shards, rows_of
 from deepseek.transformer import Block, Transformer
 
 
@@ -47,7 +47,9 @@ class Pipeline:
                 f"processes needs {self.ranks} micro-batches or more to keep them busy"
             )
         self.layers = as_layers(model)
-        self.mine = part(self.layers, self.rank, self.ranks)
+        parts = [part(self.layers, rank, self.ranks) for rank in range(self.ranks)]
+        check_tied(self.layers, parts, "pipeline")
+        self.mine = parts[self.rank]
         self.model: nn.Module = _Stage(accelerator, self.mine).to(accelerator.device)
         stage = PipelineStage(self.model, self.rank, self.ranks, accelerator.device)
         self.schedule = Schedule1F1B(stage, n_microbatches=config.accumulation_steps, loss_fn=self._loss_of_rows)

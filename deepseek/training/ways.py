@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,8 @@ class Data:
         return copied(self.accelerator.unwrap_model(self.model))
 
     def load(self, weights: Weights) -> None:
-        """Loads weights into the model that the user passed in."""
+        """Loads weights into the model that the user passed in, which computes in its own precision from now on."""
+        self.accelerator.unwrap_model(self.given, keep_fp32_wrapper=False)
         self.given.load_state_dict(weights)
 
 
@@ -197,7 +198,18 @@ def shards(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
     each_layer(sharded)
     fully_shard(sharded, mesh=mesh)
+    check_tied(model, [sharded], "sharded")
     return sharded
+
+
+def check_tied(whole: nn.Module, parts: Iterable[nn.Module], way: str) -> None:
+    """Raises InputError if a weight of several layers is in several parts, which would each train their own copy."""
+    names = {name for part in parts for name, _ in part.named_parameters()}
+    if copies := sorted(names - {name for name, _ in whole.named_parameters()}):
+        raise InputError(
+            f"TrainingConfig: parallel: {way!r}: {copies[0]} is also a weight of another layer, and each would train "
+            "a copy of its own; set parallel='data', or give each layer its own weight"
+        )
 
 
 def keep_in_shards(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
