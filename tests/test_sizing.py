@@ -9,13 +9,16 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import onnx
 import pytest
 
 from cli.main import main
 from deepseek.sizing import presets
 from deepseek.sizing.cost import SERVER_MS, Demand, Serving, bill, measured_serving, predicted_serving
 from deepseek.sizing.devices import THIS_MACHINE, Device, load_devices, measured_path, read_devices, write_device
+from deepseek.sizing.measure import measure_graph
 from deepseek.sizing.roofline import predict
 from deepseek.spec import InputError
 from deepseek.spec.objectives import SloSpec, p99_limits
@@ -175,6 +178,14 @@ def test_an_unknown_device_or_file_is_an_error() -> None:
         load_devices(names=[THIS_MACHINE])
     with pytest.raises(InputError, match="cannot be read: No such file"):
         load_devices("absent.toml")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "bool", "float16", "float", "double"])
+def test_a_graph_with_inputs_of_any_type_is_measured(dtype: str, tmp_path: Path) -> None:
+    graph = f"g ({dtype}[batch, n] x) => (float[batch, n] y) {{ y = Cast <to=1> (x) }}"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 20]> {graph}'), tmp_path / "model.onnx")
+    with patch("deepseek.sizing.measure.best_s", lambda run: run() and 0.5):
+        assert measure_graph(tmp_path / "model.onnx", [2], 4, {}) == {2: 500.0}
 
 
 def test_a_measured_machine_is_written_and_read_back() -> None:

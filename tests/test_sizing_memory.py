@@ -130,6 +130,13 @@ def test_a_model_of_a_billion_parameters_needs_about_40_gb_of_ram() -> None:
     assert needs.checkpoint_s == pytest.approx(needs.checkpoint_bytes / 500e6)
 
 
+@pytest.mark.parametrize(("mixed", "bytes_each"), [("autocast", 4 + 8), ("master", 2 + 4 + 8)])
+def test_a_checkpoint_holds_the_weights_as_they_are_and_the_optimizer_state(mixed: Any, bytes_each: int) -> None:
+    size = TransformerSize(config=config())
+    needs = host_needs(size, training_memory(size, TrainingSetup(batch=1, length=8, precision="bf16", mixed=mixed)))
+    assert needs.checkpoint_bytes == bytes_each * size.parameters
+
+
 def test_four_v100s_run_out_of_memory_on_the_recommender_and_checkpointing_and_half_the_batch_cure_it() -> None:
     sizes = {"num_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
     size = TransformerSize(config=config(**sizes, vocab_size=100_000, max_length=256), head="tied")

@@ -141,8 +141,6 @@ def _session(model: Any) -> Any:
 
 def _made_up(value: Any, batch: int, length: int, axes: Mapping[str, int]) -> np.ndarray:
     shape = [batch, *[dim if isinstance(dim, int) else axes.get(dim, length) for dim in value.shape[1:]]]
-    if "int" in value.type or "bool" in value.type:
-        dtype = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
-        return np.ones(shape, dtype.get(value.type, np.int8))
-    dtype16 = np.float16 if "float16" in value.type else np.float32
-    return np.random.default_rng(0).standard_normal(shape).astype(dtype16)
+    kind = value.type.removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
+    return (np.random.default_rng(0).standard_normal(shape) if dtype.kind == "f" else np.ones(shape)).astype(dtype)

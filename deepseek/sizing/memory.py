@@ -207,7 +207,7 @@ class HostNeeds:
 def host_needs(model: Countable, training: TrainingMemory, *, disk_bytes_s: float = 500e6) -> HostNeeds:
     """RAM and disk of a training machine; the guide requires 500 MB/s of sequential bandwidth."""
     state, weights = training.state_bytes, 4.0 * model.parameters
-    checkpoint = weights + training.optimizer_bytes
+    checkpoint = training.gradient_bytes + training.optimizer_bytes  # weights are as wide as their gradients
     return HostNeeds(
         ram_bytes=(2 * state, 3 * state),
         ram_computed_bytes=weights + checkpoint,
