@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 from deepseek.spec import GateFailed, InputError
 from deepseek.spec.files.folders import scratch_in
@@ -156,15 +156,25 @@ def alone_with(key: str | None) -> Iterator[None]:
     """
     with contextlib.ExitStack() as held:
         if key is not None:
-            place = _entry(key).parent
+            place, offset = _entry(key).parent, int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
             with contextlib.suppress(OSError):
-                place.mkdir(parents=True, exist_ok=True)
-                _lock(held.enter_context((place / LOCKS).open("a")), key, place)
+                file = _lock_file(place)
+                _lock(file, offset, place)
+                held.callback(fcntl.lockf, file, fcntl.LOCK_UN, 1, offset)
         yield
 
 
-def _lock(file: IO[str], key: str, place: Path) -> None:
-    offset = int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+@functools.cache
+def _lock_file(place: Path) -> int:
+    """A descriptor of the file of locks, open until the process ends.
+
+    Closing one would end all locks of this process in the file, also that of the stage whose part it makes.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    return os.open(place / LOCKS, os.O_WRONLY | os.O_CREAT, 0o666)
+
+
+def _lock(file: int, offset: int, place: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
     except BlockingIOError:

@@ -133,6 +133,20 @@ def test_one_of_several_concurrent_builds_makes_what_all_need(place: Path, tmp_p
     assert [(tmp_path / str(number) / "model").read_text() for number in range(3)] == ["x"] * 3
 
 
+def test_a_part_of_a_stage_does_not_end_the_lock_of_the_stage(place: Path) -> None:
+    program = "import sys; from export import cache\nwith cache.alone_with(sys.argv[1]): print('alone')"
+    with cache.alone_with("stage"):
+        with cache.alone_with("part"):
+            pass
+        other = subprocess.Popen(
+            [sys.executable, "-c", program, "stage"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert other.stderr is not None
+        assert other.stderr.readline().startswith("waiting for another build of the same entry")
+        assert other.poll() is None
+    assert other.communicate() == ("alone\n", "")
+
+
 def test_the_command_clears_the_cache(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache.store("k", folder(tmp_path / "made", model="weights"))
     cache.clear(values_of("clean-cache"))
