@@ -216,3 +216,10 @@ def test_an_engine_of_onnxruntime_needs_its_provider_memory_and_the_measured_cpu
     edit_manifest(repository, batching=PLAN)
     edit_config(repository, r'string_value: "cpu"', f'string_value: "{provider}"')
     check(repository, machine, mismatch, warning)
+
+
+@pytest.mark.parametrize(("cpu", "warned"), [(replace(EPYC, model="Xeon"), True), (replace(EPYC, cores=8), False)])
+def test_int8_of_another_kind_of_cpu_may_be_less_accurate(repository: Path, cpu: Cpu, warned: bool) -> None:
+    edit_manifest(repository, batching=PLAN | {"measured": MEASURED.model_dump(mode="json") | {"precision": "int8"}})
+    warning = f"this machine has {cpu}" + ". int8 may be less accurate on a CPU without VNNI" * warned
+    check(repository, replace(CPU, cpu=cpu), "", f"image/1: its batching and queue follow from batches measured on {EPYC}; {warning}; measure here: make engine MODEL=image TARGET=onnxruntime")  # fmt: skip

@@ -148,6 +148,8 @@ def _check_batches(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
     measured = plan.measured if plan else None
     if measured is not None and machine.cpu is not None and measured.cpu != machine.cpu:
         what = f"its batching and queue follow from batches measured on {measured.cpu}; this machine has {machine.cpu}"
+        if measured.precision == "int8" and measured.cpu.model != machine.cpu.model:
+            what += ". int8 may be less accurate on a CPU without VNNI"
         fix = f"measure here: make engine MODEL={engine.model} TARGET={engine.manifest.target}"
         yield Finding(level="warning", where=engine.where, what=what, fix=fix)
 
