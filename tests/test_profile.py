@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 from deepseek_client import InferenceClient, ServerBusy
 
 from cli.main import main as command_line
+from cli.main import values_of
 from deepseek.spec import InputError
-from loadtests.profile.profile import wrapped_in_nsys
+from loadtests.profile.profile import _server, wrapped_in_nsys
 from loadtests.profile.record import _send, trace
 from loadtests.profile.recording import (
     CLOCKS_APART_NS,
@@ -100,6 +102,13 @@ def as_perfetto_reads(events: list[dict[str, Any]]) -> dict[int, list[tuple[str,
             assert stack[-1][1] <= start <= stack[-1][2]
             arrows[event["id"]].append((event["ph"], stack[-1][0]))
     return arrows
+
+
+def test_all_ports_of_its_server_are_free_ones() -> None:
+    """Another server may run, and if a model takes texts, also have the port of the OpenAI routes."""
+    command = _server(Namespace(repository=Path("somewhere")))
+    options = vars(values_of("serve", *command[command.index("serve") + 1 :]))
+    assert {name: value for name, value in options.items() if name.endswith("_port") and value != 0} == {}
 
 
 @pytest.mark.parametrize("ns", [0, 1, 289, 290, 1001, 123_457, 4_035_003, 86_400_000_000_001])

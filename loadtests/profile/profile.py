@@ -71,7 +71,7 @@ def _record(args: argparse.Namespace, folder: Path, recording: Path, console: Co
 def _server(args: argparse.Namespace) -> list[str]:
     """The command of the embedded server on free ports; it serves while the command after -- runs."""
     command = [sys.executable, "-m", "cli", "serve", "--repository", str(args.repository)]
-    return [*command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    return [*command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--openai-port", "0"]
 
 
 def _recording(args: argparse.Namespace, folder: Path, what: str, flags: list[str]) -> list[str]:
