@@ -6,7 +6,7 @@ import re
 
 from deepseek.spec.command import InputError
 
-TRITON_TAG = "26.10"  # also the Makefile's default
+TRITON_TAG = "26.10"  # also in docker/server.Dockerfile and docker/export.Dockerfile
 OLDEST_TAG = (26, 8)  # see WHY_OLDEST and docs/triton.md
 OLDEST = ".".join(f"{part:02}" for part in OLDEST_TAG)
 WHY_OLDEST = "older ones have published vulnerabilities, or lose throughput with a queue delay"
