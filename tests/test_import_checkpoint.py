@@ -404,6 +404,12 @@ def test_what_cannot_be_imported_is_one_line_and_writes_nothing(
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["taken"]
 
 
+def test_a_type_that_never_read_the_type_of_positions_may_name_any(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "modernbert")
+    change(tmp_path, position_embedding_type="sans_pos")  # as Ettin, mmBERT and Granite have it
+    assert Checkpoint.read(tmp_path, "auto").task == "encoder"
+
+
 def test_a_missing_part_of_the_weights_is_one_line(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "bert", max_shard_size="40KB")
     min(tmp_path.glob("model-*.safetensors")).unlink()

@@ -34,17 +34,19 @@ class Kind:
     """Positions count from pad_token_id + 1, so that many of max_position_embeddings are not for tokens."""
     types: int = 0
     """type_vocab_size: 2 or more if the model tells the two texts of a pair apart."""
+    position_types: bool = True
+    """Whether transformers 4 reads position_embedding_type. Checkpoints of other types may have any value."""
 
 
 KINDS = {
     "albert": Kind(types=2),
     "bert": Kind(types=2),
     "camembert": Kind(padding=1, after_padding=True, types=1),
-    "deberta-v2": Kind(),
-    "distilbert": Kind(),
+    "deberta-v2": Kind(position_types=False),
+    "distilbert": Kind(position_types=False),
     "electra": Kind(types=2),
-    "modernbert": Kind(padding=50283),
-    "mpnet": Kind(padding=1, after_padding=True),
+    "modernbert": Kind(padding=50283, position_types=False),
+    "mpnet": Kind(padding=1, after_padding=True, position_types=False),
     "roberta": Kind(padding=1, after_padding=True, types=1),
     "xlm-roberta": Kind(padding=1, after_padding=True, types=1),
 }
@@ -178,12 +180,13 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
             f"{path}: model_type: seen {seen}; allowed: encoders of the types {', '.join(KINDS)}; a model that "
             "generates text belongs to vLLM; for another encoder, write the folder with `deepseek new --from text`"
         )
-    if (positions := config.get("position_embedding_type", "absolute")) != "absolute":
+    kind, positions = KINDS[name], config.get("position_embedding_type", "absolute")
+    if kind.position_types and positions != "absolute":
         raise InputError(
             f"{path}: position_embedding_type: seen {positions!r}; allowed: absolute; transformers 5 ignores the key, "
             "so the outputs would be wrong"
         )
-    return KINDS[name]
+    return kind
 
 
 def _task(path: Path, config: dict[str, Any], wanted: str) -> tuple[str, bool]:
