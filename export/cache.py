@@ -239,5 +239,5 @@ def clear(options: argparse.Namespace) -> None:
         print("cache     off (CACHE=off)")
         return
     size = sum(entries(place).values())
-    trim(place, -1)
+    trim(place, 0)
     print(f"{place}: {human_bytes(size)} removed")

@@ -80,6 +80,8 @@ def test_files_larger_than_the_cache_are_not_stored(
     monkeypatch.setenv("DEEPSEEK_CACHE_GIB", str(1000 / 2**30))
     cache.store("b", folder(tmp_path / "b", model="x" * 2000))
     assert [path.name for path in place.iterdir()] == ["a"]
+    monkeypatch.setenv("DEEPSEEK_CACHE_GIB", "0")
+    assert cache.limit_bytes() == 0
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from deepseek.spec import Target
 from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.machine.cpu import Cpu
+from deepseek.spec.vocabulary import CATALOGUE
 from export import build, pipeline, plan
 from export.artifact import refuse
 from export.dependencies import digests
@@ -80,9 +81,9 @@ def engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(builder.keys(stage)))
 
-    def run(**changed: Any) -> list[str]:
+    def run(publish: bool = True, **changed: Any) -> list[str]:
         ran.clear()
-        build.build(options_of(tiny, **changed))
+        build.build(options_of(tiny, **changed), publish)
         return list(ran)
 
     monkeypatch.setattr(build.Builder, "_execute", pretend)
@@ -92,12 +93,21 @@ def engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def test_a_second_build_runs_nothing_and_pruning_can_be_turned_on_and_off(engine: Run, tiny: Path) -> None:
+def test_a_second_build_runs_nothing_and_pruning_can_be_turned_on_and_off(
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert engine() == ALL
     assert engine() == []
     assert engine(prune=0.25) == ["prune", *ALL[1:]]
     assert engine() == ALL[1:]
     assert not (tiny / "build" / "tiny" / "pruned.safetensors").exists()
+    edit("models/tiny/model.py", "# other layers\n")(tiny, monkeypatch)
+    assert engine(prune=0.25) == ["train", "prune", *ALL[1:]]
+
+
+def test_a_release_builds_without_publishing(engine: Run, tiny: Path) -> None:
+    assert engine(publish=False) == ALL[: -len(SERVED)]
+    assert engine() == SERVED
 
 
 def test_each_file_of_a_folder_of_data_counts(engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +188,7 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (source("deepseek/spec/files/batching_plan.py"), MEASURED),
         (source("serving/backend/compute_slots.py"), SERVED),
         (source("serving/stack/stack.py"), ["stack"]),
+        (source("docker/observe/prometheus/prometheus.yml"), ["stack"]),
         (source("deepseek/spec/files/manifest.py"), ["to_onnx", *GRAPHS, *CHOSEN]),
         (version("onnxslim"), [*GRAPHS, *CHOSEN]),
         (version("torch"), ALL),
@@ -299,3 +310,15 @@ def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_
     made_on = [seen[target]["quantize int8"]["accelerator"] for target in ("onnxruntime", "tensorrt_rtx")]
     assert made_on == ["A100", ""]
     assert "package tensorrt" not in seen["onnxruntime"][SELECT]
+
+
+@pytest.mark.parametrize(("model", "file"), [("minilm", "tokenizer.json"), ("recommender", CATALOGUE)])
+def test_publishing_reads_the_tokenizer_or_the_catalogue(model: str, file: str, tiny: Path) -> None:
+    reads = build.publish_stage(plan.plan_of(options_of(tiny, model=model, models=Path("models")))).reads
+    assert [path.parent for path in reads if path.name == file] == [Path("models") / model, tiny / "build" / model]
+
+
+def test_only_8_bit_graphs_have_a_high_precision(tiny: Path) -> None:
+    stages = build.stages_of(plan.plan_of(options_of(tiny)))
+    high = {stage.name: "--high-precision" in stage.command for stage in stages if stage.name in GRAPHS}
+    assert high == {"quantize fp16": False, "quantize int8": True}
