@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,9 @@ def main(words: list[str] | None = None) -> int:
         set_up(given.venv.expanduser(), given.need)
     except SetUpError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or given.venv}: {error.strerror}; --venv names another folder", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; the next set-up continues from here", file=sys.stderr)
@@ -198,7 +202,7 @@ def install_cpu_torch(venv: Path) -> None:
     try:
         urllib.request.urlopen(f"{index}/torch/", timeout=5).close()
         pip(venv, "--index-url", index, TORCH)
-    except (OSError, SetUpError) as error:
+    except (OSError, ValueError, HTTPException, SetUpError) as error:  # ValueError: no URL
         say("setup", f"no CPU build of PyTorch from {index} ({error}): using PyPI's, 3 GB with CUDA")
 
 

@@ -83,13 +83,17 @@ def test_without_a_gpu_torch_comes_from_the_index_of_cpu_builds(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     set_up(tmp_path, [])
-    assert "no CPU build of PyTorch from http://127.0.0.1:9" in capsys.readouterr().err
+    monkeypatch.setenv("TORCH_CPU_INDEX", "/srv/wheels")  # no URL
+    stamp(tmp_path, "base").unlink()
+    set_up(tmp_path, [])
+    told = capsys.readouterr().err
+    assert all(f"no CPU build of PyTorch from {index} (" in told for index in ("http://127.0.0.1:9", "/srv/wheels"))
     (tmp_path / "torch").mkdir()
     monkeypatch.setenv("TORCH_CPU_INDEX", f"file://{tmp_path}")
     monkeypatch.setattr(environment.urllib.request, "urlopen", lambda url, timeout: io.BytesIO())
     stamp(tmp_path, "base").unlink()
     set_up(tmp_path, [])
-    assert installed[2] == ("--index-url", f"file://{tmp_path}", "torch>=2.9,<3")
+    assert installed[4] == ("--index-url", f"file://{tmp_path}", "torch>=2.9,<3")
 
 
 def test_a_failed_need_has_no_stamp(
@@ -148,6 +152,12 @@ def test_an_unknown_need_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert environment.main(["--venv", str(tmp_path), "tests"]) == 2
     assert capsys.readouterr().err.startswith("error: seen 'tests'; a need is one of base, rtx, tensorrt, test")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert environment.main(["--venv", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists; --venv names another folder\n"
 
 
 def test_a_package_whose_installation_was_killed_is_installed_again(tmp_path: Path) -> None:
