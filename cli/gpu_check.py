@@ -29,6 +29,7 @@ from typing import Any, Literal
 from cli.gpu_steps import STACK_DOWN, STACK_UP, GpuStep, Where, ours, steps
 from deepseek.spec import build_dir
 from deepseek.spec.children import ends_with_us
+from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from export.checks.gpu_baselines import without_gpu
@@ -145,7 +146,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main(options: argparse.Namespace) -> int:
     check_tag(options.triton_tag or TRITON_TAG)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the step's processes end, as on Ctrl-C
+    end_at_sigterm()
     folder: Path = (options.output or build_dir("gpu-check")).resolve()
     machine, ports = Machine.detect(), free_ports(3)
     where = Where(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import pytest
 
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, SloSpec
+from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.released import last_number
 from loadtests.load.request_log import RequestLog, SentRequest
 from loadtests.release import shadow_load as shadow
@@ -182,6 +185,34 @@ def test_a_server_that_came_up_during_the_gates_is_not_switched_unwatched(
     candidate: Any = SimpleNamespace(**found)
     with pytest.raises(InputError, match="it did not answer; a server may run"):
         Release(candidate, LiveServer(options=args, version=None, absent="nothing listens")).switch()
+
+
+def test_a_second_sigterm_does_not_stop_the_taking_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """make and timeout send it twice."""
+    model = tmp_path / "text"
+    for version in ("1", "2"):
+        (model / version).mkdir(parents=True)
+        (model / version / "config.pbtxt").touch()
+    (model / "2" / "manifest.json").touch()
+    journal = ReleaseJournal(tmp_path / "releases", "release", 2, before=1)
+    journal.keep("manifest.json", "")
+    args = live_options("127.0.0.1:9", repository=tmp_path)
+    found = {"options": args, "journal": journal, "number": 2, "model": model, "before": 1, "folder": model}
+    release_ = Release(SimpleNamespace(**found), LiveServer(options=args, version=1))  # type: ignore[arg-type]
+    load = SimpleNamespace(change=lambda: None, result=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(release_, "_steady", lambda stack: load)
+    monkeypatch.setattr(release, "beside_repository", lambda *_: nullcontext())
+    monkeypatch.setattr(release, "move_in", lambda *_, before: None)
+    monkeypatch.setattr(LiveServer, "back", lambda live, version: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    end_at_sigterm()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            release_.switch()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert newest(model) == 1
+    assert [line.get("step") for line in journal.lines[-1:]] == ["taken back"]
 
 
 def test_a_rollback_waits_for_a_server_that_hangs(hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

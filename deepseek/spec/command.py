@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -54,6 +55,16 @@ def kept_for_json(as_json: bool) -> Iterator[None]:
     """With --json, only the result goes to standard output; whatever the model's code prints goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield
+
+
+def end_at_sigterm() -> None:
+    """Makes SIGTERM end the command as Ctrl-C does. A second one is ignored: make and timeout send it twice."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # not SIG_IGN, which new processes would inherit
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def exit_code(main: Callable[[], int | None]) -> int:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
+from deepseek.spec.command import end_at_sigterm
 from loadtests.figures import SUMMARY
 from loadtests.load.endpoint import endpoint_of, inputs_of
 from loadtests.load.inputs import count_rows
@@ -214,7 +215,7 @@ def main(args: argparse.Namespace) -> int:
     loads = _loads(args)
     console = Console(stderr=True, markup=False)
     _announce(args, loads, console)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
+    end_at_sigterm()
     if args.worker_of:
         return work_for(args.worker_of, loads)
     if args.until_decided:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, build_dir
+from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.objectives import Kind, formatted
 from loadtests.regression.compared_version import ComparedVersion
@@ -52,7 +52,7 @@ def main(options: argparse.Namespace) -> int:
     """Measures or reads the runs, judges them, writes and prints the table; returns the exit code."""
     if options.output and options.output.suffix == ".json":
         raise InputError(f"--output {options.output}: name the Markdown file; the figures go to a .json beside it")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on Ctrl-C, the servers are stopped too
+    end_at_sigterm()
     baseline = ComparedVersion.of("baseline", options.base, options.model, options.repository)
     candidate = ComparedVersion.of("candidate", options.new, options.model, options.repository)
     if baseline.recorded != candidate.recorded:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, SloSpec, build_dir
+from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import write_whole
 from loadtests.figures import ms
 from loadtests.load.endpoint import endpoint_of, inputs_of
@@ -40,7 +40,7 @@ BAR = 16  # characters of the longest latency bar
 
 def main(options: argparse.Namespace) -> int:
     """Checks the server, searches, saves and draws the result, prints it; returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
+    end_at_sigterm()
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
     inputs = options.inputs or inputs_of(options.model)
     settings = LoadSettings(model=options.model, inputs=inputs, **endpoint_of(options, spec.slo))

@@ -18,7 +18,6 @@ import argparse
 import os
 import platform
 import shutil
-import signal
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, TunedFile, build_dir
+from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.machine.cpu import this_cpu
 from loadtests.report.searches import tuning_page
@@ -39,7 +39,7 @@ from loadtests.tune.tune_result import TuneResult, tuning_path
 
 
 def main(options: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a clean shutdown, as on Ctrl-C
+    end_at_sigterm()
     result = tune(options, Console(stderr=True, markup=False))
     if options.json:
         print(result.model_dump_json(indent=2))

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 
 from deepseek.spec import TEXT, GateFailed, InputError
 from deepseek.spec.children import ends_with_us
+from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.machine.open_files import allow_open_files
 from deepseek.spec.vocabulary import VOCABULARY
 from serving.embedded.flags import trace_flags
@@ -150,7 +151,7 @@ def main(options: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
     if options.command and shutil.which(options.command[0]) is None:
         raise InputError(f"{options.command[0]}: no such command to run while serving; see deepseek serve --help")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    end_at_sigterm()
     allow_open_files()
     server = EmbeddedServer(
         options.repository,
@@ -171,6 +172,6 @@ def main(options: argparse.Namespace) -> int:
         try:
             return _serve(server, options.command, _Routes(options, server, running))
         except KeyboardInterrupt:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # make and timeout send it twice; Ctrl-C still forces
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also after Ctrl-C, which still forces
             print("stopping", file=sys.stderr)
             return 0 if not options.command else 130

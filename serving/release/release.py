@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from deepseek.spec import (
     InputError,
     InvalidMeasurement,
 )
+from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.released import last_number
 from deepseek.spec.files.repository import CONFIG
 from serving.release.candidate import MOST_ATTEMPTS, Candidate
@@ -140,7 +140,7 @@ def main(options: argparse.Namespace) -> None:
         raise InputError(f"{options.repository}: not a folder; name the model repository that is served (REPOSITORY=)")
     if needs_stack(options.target):
         check_stack(options.target, options.env_file)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: ends servers and load too
+    end_at_sigterm()
     with exclusive(options.model) as releases:
         model = Path(options.repository) / options.model
         if newest(model) is not None and not (model / CONFIG).is_file():

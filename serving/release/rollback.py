@@ -12,11 +12,11 @@ folder if there is room. If the withdrawn version fails requests, only failures 
 from __future__ import annotations
 
 import argparse
-import signal
 import time
 from typing import Any
 
 from deepseek.spec import GateFailed, InputError, InvalidMeasurement
+from deepseek.spec.command import end_at_sigterm
 from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import ReleaseJournal, exclusive
@@ -89,7 +89,7 @@ class Rollback:
 
 def main(options: argparse.Namespace) -> None:
     check_live_options(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_at_sigterm()
     with exclusive(options.model) as releases:
         model = options.repository / options.model
         number = newest(model)
