@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -241,6 +242,31 @@ def test_a_model_that_leaves_during_a_look_is_unloaded_at_the_next_one(
     monkeypatch.setattr(verified_repository, "everything_in", leaving)
     assert list(view.changes()) == []
     assert [change.action for change in view.changes()] == ["unload"]
+
+
+def test_a_look_that_fails_is_repeated(
+    live: Path, release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    view = VerifiedRepository(live.parent, tmp_path / "view", said.append)
+    view.fill()
+    release(2)
+    said.clear()
+
+    def stale(repository: Path) -> list[Path]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def leaving(source: Path, target: Path) -> None:
+        with suppress(FileNotFoundError):
+            (live / CONFIG).rename(tmp_path / CONFIG)
+
+    for name, broken in (("model_folders", stale), ("_mirror", leaving)):
+        with monkeypatch.context() as patched:
+            patched.setattr(verified_repository, name, broken)
+            assert list(view.changes()) == []
+    (tmp_path / CONFIG).rename(live / CONFIG)
+    assert said == [f"warning   {live.parent}: cannot be read (Stale file handle); what is served keeps serving"]
+    assert [change.versions for change in view.changes()] == [(2,)]
 
 
 def test_a_version_that_finds_no_room_is_reported_and_taken_later(live: Path, release: Release, disk: Disk) -> None:

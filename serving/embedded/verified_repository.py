@@ -17,7 +17,7 @@ from typing import Literal
 
 from google.protobuf import text_format
 
-from deepseek.spec import GateFailed
+from deepseek.spec import GateFailed, InputError
 from deepseek.spec.files.folders import SCRATCH
 from deepseek.spec.files.repository import CONFIG, model_folders
 from serving.repository.checks import (
@@ -103,7 +103,12 @@ class VerifiedRepository:
 
     def changes(self) -> Iterator[ModelChange]:
         """Compares with the repository and yields changes; the folder is up to date before each one."""
-        models = {path.name: path for path in model_folders(self.repository)}
+        try:
+            models = {path.name: path for path in model_folders(self.repository)}
+        except OSError as error:  # such as a network disk that lost its server
+            why = f"cannot be read ({error.strerror}); what is served keeps serving"
+            self._say_once(f"warning   {self.repository}: {why}")
+            return
         for name in self._stamps.keys() - models.keys():
             if not _is_gone(self.repository / name):
                 self._say_once(f"warning   {self.repository / name}: cannot be read; what is served keeps serving")
@@ -119,7 +124,7 @@ class VerifiedRepository:
                     continue
                 self._stamps[name] = stamp
                 change = self._follow(model)
-            except OSError as error:  # it changed during the look
+            except (OSError, InputError) as error:  # it changed during the look
                 if before == UNKNOWN:  # at the last look too: for example, the disk is full
                     self._say_once(f"refused   {name}: its files cannot be read or linked: {error}")
                 self._stamps[name] = UNKNOWN
