@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from serving.embedded import supervisor
 from serving.embedded.launcher import EmbeddedServer
 from serving.embedded.model_control import is_ready
 from serving.embedded.serve import _serve
+from serving.embedded.server_process import ServerProcess
 from serving.embedded.stub_processes import LOOK_S
 from tests.conftest import ADD_ONE, FREE, write_add_one
 from tests.gateway import wait_for
@@ -178,3 +180,14 @@ def test_a_crashed_server_that_does_not_exit_is_killed(server: EmbeddedServer, m
         file.write(b"Signal (11) received.\n")  # on busy cores, its stack trace takes a minute
     with pytest.raises(GateFailed, match="tritonserver crashed but does not exit"):
         _serve(server, [])
+
+
+def test_the_files_of_a_running_server_are_not_cleaned_away(tmp_path: Path) -> None:
+    process = ServerProcess(tmp_path / "log", exit_timeout_s=1, echo_log=False)
+    folder = os.open(process.scratch, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):  # systemd-tmpfiles leaves out a folder that it cannot lock
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.remove_files()
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
+    assert not process.scratch.exists()

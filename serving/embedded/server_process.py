@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
@@ -50,6 +51,9 @@ class ServerProcess:
         self._echo: threading.Thread | None = None
         # Short and private: the path is on the stub's command line, the prefix in /dev/shm.
         self.scratch = Path(tempfile.mkdtemp(prefix="embedded-triton-", dir=scratch_place()))
+        # systemd-tmpfiles removes what nothing changed for days, except from a locked folder.
+        self._lock = os.open(self.scratch, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._cleaner = subprocess.Popen(
             ["/bin/sh", "-c", _CLEAN_UP, "after", str(self._longest_stop_s), str(self.scratch)],
             stdin=subprocess.PIPE,  # closes when this process ends
@@ -125,3 +129,4 @@ class ServerProcess:
             region.unlink(missing_ok=True)
         self._cleaner.kill()
         self._cleaner.communicate()
+        os.close(self._lock)
