@@ -290,7 +290,7 @@ class FakeEndpoint:
     def stop(self) -> None:
         """Stops the process, which then writes its log, unless a fault ended it before."""
         self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)
 
     def log(self) -> np.ndarray:
         """When each inference was received and answered, in seconds of `time.perf_counter()`; shape (2, N)."""

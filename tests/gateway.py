@@ -124,7 +124,7 @@ class Gateway:
         assert error or status == 0
 
     def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             # With TLS, because a bare connection to a free port may meet itself. Python leaves the socket open if the
             # connection was reset before the handshake, as nginx does when it ends its check of the configuration.
@@ -136,7 +136,7 @@ class Gateway:
     def stop(self) -> int:
         """Stops the gateway after its requests have finished; returns the exit code."""
         self.process.terminate()
-        status = self.process.wait(20)
+        status = self.process.wait(60)
         self._log.close()
         return status
 
@@ -145,7 +145,7 @@ class Gateway:
 
     def lines(self, **fields: Any) -> list[dict[str, Any]]:
         """Lines of the access log with these fields; waits for the first, which is written after the answer."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             lines = [json.loads(line) for line in self.log_path.read_text().splitlines() if line.endswith("}")]
             if found := [line for line in lines if fields.items() <= line.items()]:
@@ -163,7 +163,7 @@ class Gateway:
         context.set_alpn_protocols(list(protocols) or ["http/1.1"])
         if version is not None:
             context.minimum_version = context.maximum_version = version
-        plain = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         return context.wrap_socket(plain, server_hostname="localhost")
 
     def send(self, request: bytes) -> tuple[int, bytes]:
@@ -204,7 +204,7 @@ class Gateway:
         with grpc.secure_channel(f"localhost:{self.port}", credentials) as channel:
             sent = (("authorization", f"Bearer {self.key if key is None else key}"),) if key != "" else ()
             try:
-                channel.unary_unary(path, lambda _: b"", lambda got: got)(b"", metadata=sent + metadata, timeout=10)
+                channel.unary_unary(path, lambda _: b"", lambda got: got)(b"", metadata=sent + metadata, timeout=60)
             except grpc.RpcError as error:
                 return error.code().name
         return "OK"

@@ -26,7 +26,7 @@ def status(url: str, body: bytes | None = None, **headers: str) -> int:
     """The status of a plain HTTP request."""
     request = urllib.request.Request(f"http://{url}", body, headers)
     try:
-        return int(urllib.request.urlopen(request, timeout=10).status)
+        return int(urllib.request.urlopen(request, timeout=60).status)
     except urllib.error.HTTPError as error:
         return error.code
 

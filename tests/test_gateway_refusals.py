@@ -130,7 +130,7 @@ def test_requests_that_two_servers_could_read_differently_are_refused(gateway: G
 
 
 def test_plain_http_old_tls_and_upgrades_to_h2c_are_refused(gateway: Gateway) -> None:
-    with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as plain:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as plain:
         plain.sendall(b"GET /v2/health/ready HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = plain.recv(4096)
     assert answer.startswith(b"HTTP/1.1 400")

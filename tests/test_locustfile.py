@@ -124,8 +124,8 @@ def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path]) -
         generators = psutil.Process(process.pid).children(recursive=True)
         assert len(generators) >= 3
         process.kill()
-        process.communicate(timeout=30)
-    _, alive = psutil.wait_procs(generators, timeout=20)
+        process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(generators, timeout=60)
     assert alive == []
 
 
@@ -184,9 +184,9 @@ def test_locusts_page_shows_the_run_and_stays_open_until_ctrl_c(tiny: tuple[Embe
             lines.append(process.stdout.readline())
             assert lines[-1], process.communicate()[1]  # it has ended
         figures = json.loads("".join(lines))
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats/requests", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats/requests", timeout=60) as answer:
             shown = {entry["name"]: entry for entry in json.load(answer)["stats"]}
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60) as answer:
             assert b"<title>Locust</title>" in answer.read()
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)

@@ -143,7 +143,7 @@ def test_crashed_routes_are_restarted_and_all_ends_with_the_server(built_sentenc
     first = serving.routes
     assert open_files(serving.process.pid) == few_files
     first.kill()
-    with openai.OpenAI(base_url=serving.places["OpenAI"], api_key="unused", max_retries=5) as client:
+    with openai.OpenAI(base_url=serving.places["OpenAI"], api_key="unused", max_retries=20) as client:
         assert len(client.embeddings.create(model="sentence", input="ab").data[0].embedding) == 32
     second = serving.routes
     assert second.pid != first.pid

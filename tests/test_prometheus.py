@@ -58,7 +58,7 @@ class Prometheus:
         """The data of an answer of its API; empty until it is up."""
         url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
-            return json.load(urllib.request.urlopen(url, timeout=10))["data"]
+            return json.load(urllib.request.urlopen(url, timeout=60))["data"]
         except urllib.error.URLError as error:
             if isinstance(error, urllib.error.HTTPError) and error.code != 503:  # 503: it is starting
                 raise AssertionError(f"{parameters}: {error.read().decode()}") from None
@@ -73,7 +73,7 @@ class Prometheus:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(60)
 
 
 @pytest.mark.slow
