@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import InferenceClient, ModelNotReady, ServerError
+from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceClient, ModelNotReady, ServerError, Unreachable
 
 from deepseek.spec import GateFailed, InputError
 from serving.embedded import supervisor
@@ -32,9 +32,10 @@ __all__ = ["said"]  # a fixture
 
 X = {"x": np.zeros((1, 2, 3), np.float32)}
 INITIALIZE = "    def initialize(self, args):\n"
+EXECUTE = "    def execute(self, requests):\n"
 
 
-def write_model(repository: Path, name: str, *, initialize: str = "", instances: int = 2) -> Path:
+def write_model(repository: Path, name: str, *, initialize: str = "pass", instances: int = 2) -> Path:
     """A model y = x + 1 that runs code when it is loaded; returns its model.py."""
     write_add_one(repository, name, instances=instances)
     path = repository / name / "1" / "model.py"
@@ -90,7 +91,7 @@ def test_patient_callers_notice_a_delay_only_and_the_old_processes_end(server: E
         under_way = [load.submit(client.infer, "pair", X) for _ in range(200)]
         before[0].kill()
         wait_for(lambda: not is_ready(server.http_url))
-        with InferenceClient(server.grpc_url, retries=20, timeout_s=20) as patient:
+        with InferenceClient(server.grpc_url, retries=100, retry_budget=None, timeout_s=120) as patient:
             np.testing.assert_array_equal(patient.infer("pair", X)["y"], X["x"] + 1)
     assert {type(each.exception()) for each in under_way} <= {type(None), ServerError, ModelNotReady}
     wait_for(lambda: "serves again" in said())
@@ -155,13 +156,24 @@ def test_a_server_that_crashes_while_it_starts_is_started_once_more(tmp_path: Pa
 
 def test_a_model_that_keeps_dying_ends_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said) -> None:
     monkeypatch.setattr(supervisor, "MOST_TIMES", 1)
-    dies_later = "import os, threading; threading.Timer(1.5, os.kill, (os.getpid(), 11)).start()"
-    write_model(tmp_path / "repository", "dying", initialize=dies_later, instances=1)
+    path = write_model(tmp_path / "repository", "dying", instances=1)
+    path.write_text(path.read_text().replace(EXECUTE, f"{EXECUTE}        import os; os.kill(os.getpid(), 11)\n", 1))
+
+    def call(url: str) -> None:
+        with InferenceClient(url, retries=0, timeout_s=1) as client, contextlib.suppress(Unreachable):
+            while True:
+                with contextlib.suppress(ConnectionLost, DeadlineExceeded, ModelNotReady, ServerError):
+                    client.infer("dying", X)
+                time.sleep(0.05)
+
     with (
+        ThreadPoolExecutor(1) as caller,
         EmbeddedServer(tmp_path / "repository", **FREE, exit_timeout_s=1, log_path=tmp_path / "log") as running,
-        pytest.raises(GateFailed, match=r"dying: .* was ended by SIGSEGV; it was reloaded 1 times and served for less"),
     ):
-        _serve(running, [])
+        calls = caller.submit(call, running.grpc_url)
+        with pytest.raises(GateFailed, match=r"dying: .* was ended by SIGSEGV; it was reloaded 1 times and served for"):
+            _serve(running, [])
+    assert calls.exception() is None
     assert said().count("reloading the model") == 1
 
 
