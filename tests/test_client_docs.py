@@ -121,11 +121,15 @@ def test_the_page_lists_the_clients_options_and_defaults(kind: type) -> None:
 
 def test_the_page_and_the_errors_agree_on_what_is_retried() -> None:
     section = PAGE.read_text().partition("## What is safe to retry")[2].partition("\n## ")[0]
-    for names, request, retried in re.findall(r"^\| (`.*?`) \| (.*?) \| (.*?) \|$", section, re.MULTILINE):
-        for name in re.findall(r"`(\w+)`", names):
-            error = getattr(errors, name)
-            assert error.did_not_run == retried.startswith("yes"), name
-            assert error.may_have_run == ("may have run" in request and not retried.startswith("no")), name
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
+    said = {name: row for names, *row in rows for name in re.findall(r"`(\w+)`", names)}
+    assert said.keys() == {
+        name for name, kind in vars(errors).items() if type(kind) is type and not kind.__subclasses__()
+    }
+    for name, (request, retried) in said.items():
+        error = getattr(errors, name)
+        assert error.did_not_run == retried.startswith("yes"), name
+        assert error.may_have_run == ("may have run" in request and not retried.startswith("no")), name
 
 
 def test_the_page_names_every_statistic() -> None:

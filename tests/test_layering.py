@@ -107,12 +107,14 @@ ROOMS: dict[str, dict[str, set[str]]] = {
 DRAWING_COMMANDS = {"capacity.py", "tune.py"}  # these end with a page of `report`
 
 
-@pytest.mark.parametrize(("room", "sub_room"), [(room, each) for room, rooms in ROOMS.items() for each in rooms])
-def test_a_sub_room_imports_only_lower_ones(room: str, sub_room: str) -> None:
-    may = {sub_room, "figures"} | ROOMS[room][sub_room]
-    for path in Path(room, sub_room).rglob("*.py"):
-        used = {name.split(".")[1] for name in imports(path) if name.startswith(f"{room}.")}
-        assert used <= may | ({"report"} if path.name in DRAWING_COMMANDS else set()), path
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_sub_room_imports_only_lower_ones(room: str) -> None:
+    assert ROOMS[room].keys() == {path.parent.name for path in Path(room).glob("*/__init__.py")}
+    for sub_room, lower in ROOMS[room].items():
+        for path in Path(room, sub_room).rglob("*.py"):
+            used = {name.split(".")[1] for name in imports(path) if name.startswith(f"{room}.")}
+            drawn = {"report"} if path.name in DRAWING_COMMANDS else set()
+            assert used <= {sub_room, "figures"} | lower | drawn, path
 
 
 def test_heavy_imports_are_local() -> None:
