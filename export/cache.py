@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -139,7 +140,9 @@ def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = 
             os.utime(entry / INDEX)
         if check is not None:
             check(destination)
-    except (OSError, ValueError, AttributeError, GateFailed):
+    except (OSError, ValueError, AttributeError, GateFailed) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # of the build's disk: the entry is intact
+            raise
         drop(key)
         for path in destination.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,5 +1,6 @@
 """The files of the content-addressed cache; tests/test_build.py tests it in a build."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -52,6 +53,18 @@ def test_a_damaged_entry_is_removed_completely(place: Path, tmp_path: Path) -> N
     assert not cache.fetch("k", folder(tmp_path / "out"))
     assert list((tmp_path / "out").iterdir()) == []
     assert not (place / "k").exists()
+
+
+def test_a_full_disk_of_the_build_costs_no_entry(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            cache.fetch("k", folder(tmp_path / "out"))
+    assert cache.fetch("k", folder(tmp_path / "later"))
 
 
 @pytest.mark.parametrize("index", ["", "[]", '{"gone": "abc"}', None], ids=["empty", "list", "no such file", "none"])
