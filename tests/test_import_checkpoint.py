@@ -404,6 +404,12 @@ def test_what_cannot_be_imported_is_one_line_and_writes_nothing(
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["taken"]
 
 
+def test_a_name_outside_ascii_asks_for_another(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(plain, tmp_path / "文")
+    assert command(["import", str(tmp_path / "文"), "--models", str(tmp_path / "models")]) == 2
+    assert "文: its name has no letter or digit of ASCII; name the model with --name" in capsys.readouterr().err
+
+
 def test_a_type_that_never_read_the_type_of_positions_may_name_any(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "modernbert")
     change(tmp_path, position_embedding_type="sans_pos")  # as Ettin, mmBERT and Granite have it

@@ -15,7 +15,7 @@ from string import Template
 
 from cli.model_folder.checkpoint import HEADS, Checkpoint
 from cli.model_folder.new import TEMPLATES, drafted
-from deepseek.spec import variables_for
+from deepseek.spec import InputError, variables_for
 
 TITLES = {
     "encoder": "A text encoder",
@@ -46,6 +46,8 @@ def main(options: argparse.Namespace) -> None:
     """Writes `<models>/<name>/` with deploy.toml, model.py, texts.py, texts.tsv, requirements.txt and checkpoint/."""
     checkpoint = Checkpoint.read(options.folder, options.task)
     name = options.name or re.sub(r"[^A-Za-z0-9_-]+", "-", options.folder.resolve().name).strip("-_")
+    if not name:
+        raise InputError(f"{options.folder}: its name has no letter or digit of ASCII; name the model with --name")
     folder = options.models / name
     with drafted(folder) as draft:
         _write_code(draft, name, checkpoint)
