@@ -133,6 +133,14 @@ def test_the_servers_limit_on_streams_holds() -> None:
     assert later.stream == 7
 
 
+def test_calls_wait_until_the_server_has_said_how_many_it_takes() -> None:
+    frames = Frames()
+    calls = [frames.begin(BLOCK, framed(b"ask")) for _ in range(3)]
+    assert [call.stream for call in calls] == [0, 0, 0]
+    frames.feed(setting(wire.MOST_STREAMS, 2))
+    assert [call.stream for call in calls] == [1, 3, 0]
+
+
 def test_pings_and_settings_are_acknowledged_and_unknown_frames_ignored() -> None:
     peer = Peer()
     assert [sent[:2] for sent in peer.sent() if sent[0] == wire.SETTINGS] == [(wire.SETTINGS, wire.ACK)]

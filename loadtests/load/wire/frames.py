@@ -92,7 +92,8 @@ class Frames:
         self._waiting: deque[UnaryCall] = deque()
         self._blocked: dict[int, UnaryCall] = {}  # by stream: no window has room for the rest
         self._next = 1
-        self._window, self._initial, self._most = DEFAULT_WINDOW, DEFAULT_WINDOW, LARGEST
+        self._window, self._initial = DEFAULT_WINDOW, DEFAULT_WINDOW
+        self._most = 0  # as in gRPC, no call is sent before the server's first settings
         self._received = 0
         self._replies = 0
         self._rest = b""  # of an incomplete frame
@@ -249,9 +250,11 @@ class Frames:
             elif kind == PING and not flags & ACK:
                 self._reply(PING, payload)
             elif kind == SETTINGS and not flags & ACK:
-                self._greeted = True
+                if not self._greeted:
+                    self._greeted, self._most = True, LARGEST
                 for name, value in struct.iter_unpack(">HI", payload):
                     self._set(name, value)
+                self._start_waiting()
                 self._reply(SETTINGS, b"")
             elif kind == GOAWAY:
                 self._go_away(struct.unpack_from(">I", payload)[0], ended)
@@ -285,7 +288,6 @@ class Frames:
             self._unblock()
         elif name == MOST_STREAMS:
             self._most = value
-            self._start_waiting()
 
     def _go_away(self, last: int, ended: list[UnaryCall]) -> None:
         """Handles GOAWAY: the server processes no stream after `last`."""
