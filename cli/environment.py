@@ -90,7 +90,8 @@ def set_up(venv: Path, needs: list[str]) -> None:
     venv.mkdir(parents=True, exist_ok=True)
     lock = os.open(venv, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when its process ends
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock, True)  # held until the last of pip and this process ends
         left = missing(venv, wanted)  # another process may have completed it while this one waited
         packages = [need for need in left if need in EXTRAS]
         if packages:
@@ -219,7 +220,7 @@ def pip(venv: Path, *arguments: str, pinned_by: str | None = "requirements.lock"
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     command += ["-c", str(ROOT / pinned_by)] if pinned_by else []
     command += arguments
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=str(ROOT)) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=str(ROOT), close_fds=False) as process:
         assert process.stdout is not None
         for line in process.stdout:
             shown = shown_of(line)
@@ -275,7 +276,7 @@ def version_of(venv: Path) -> str:
 
 
 def run(command: list[str], problem: str) -> None:
-    if subprocess.run(command, stdout=2).returncode:
+    if subprocess.run(command, stdout=2, close_fds=False).returncode:
         raise SetUpError(f"{problem}: {' '.join(command)}")
 
 

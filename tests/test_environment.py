@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import shutil
@@ -183,6 +184,24 @@ def start(venv: Path, **options: Any) -> subprocess.Popen[str]:
     """Starts a set-up that installs no packages."""
     line = [sys.executable, "-c", OFFLINE, str(venv)]
     return subprocess.Popen(line, env={**os.environ, "TORCH_CPU_INDEX": "http://127.0.0.1:9"}, text=True, **options)
+
+
+def test_a_killed_set_up_keeps_the_lock_until_its_pip_ends(tmp_path: Path) -> None:
+    own = tmp_path / "bin" / "python"
+    own.parent.mkdir()
+    own.write_text(f'#!/bin/sh\ncase "$*" in *install*) touch {tmp_path}/began; sleep 2;; esac\n')
+    own.chmod(0o755)
+    line = [sys.executable, "-m", "cli.environment", "--venv", str(tmp_path)]
+    with subprocess.Popen(line, env={**os.environ, "TORCH_CPU_INDEX": "http://127.0.0.1:9"}, **QUIET) as process:
+        while not (tmp_path / "began").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # waits for pip
+    os.close(folder)
 
 
 @pytest.mark.slow
