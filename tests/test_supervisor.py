@@ -26,7 +26,7 @@ from serving.embedded.server_process import ServerProcess
 from serving.embedded.stub_processes import LOOK_S
 from tests.conftest import ADD_ONE, FREE, write_add_one
 from tests.gateway import wait_for
-from tests.test_embedded import Said, said
+from tests.test_embedded import Said, said, start
 
 __all__ = ["said"]  # a fixture
 
@@ -192,6 +192,17 @@ def test_a_crashed_server_that_does_not_exit_is_killed(server: EmbeddedServer, m
         file.write(b"Signal (11) received.\n")  # on busy cores, its stack trace takes a minute
     with pytest.raises(GateFailed, match="tritonserver crashed but does not exit"):
         _serve(server, [])
+
+
+def test_a_stop_while_models_load_is_no_error(tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    code = f"open({str(began)!r}, 'w'); import time; time.sleep(9)"
+    write_model(tmp_path / "repository", "slow", initialize=code)
+    process = start(tmp_path / "repository")
+    wait_for(began.exists)
+    process.terminate()
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "stopping\n")
 
 
 def test_the_files_of_a_running_server_are_not_cleaned_away(tmp_path: Path) -> None:

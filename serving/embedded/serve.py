@@ -168,8 +168,9 @@ def main(options: argparse.Namespace) -> int:
         flags=tuple(trace_flags(options.trace_url, options.trace_every)),
         preloads=not options.no_preload,
     )
-    with server, ExitStack() as running:  # the routes end before the server
+    with ExitStack() as running:  # the routes end before the server
         try:
+            running.enter_context(server)
             return _serve(server, options.command, _Routes(options, server, running))
         except KeyboardInterrupt:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also after Ctrl-C, which still forces
