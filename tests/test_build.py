@@ -98,6 +98,21 @@ def test_a_second_build_of_a_folder_waits_and_so_does_clean(
         assert graph.exists() is left
 
 
+def test_a_build_that_waited_for_clean_locks_the_new_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, locked = tiny / "build" / "tiny", list[int]()
+
+    def replaced(lock: int, _: int) -> None:
+        """The first lock is of a folder that `clean` removes and another build makes again."""
+        if not locked:
+            folder.rename(tiny / "removed")
+            folder.mkdir()
+        locked.append(os.fstat(lock).st_ino)
+
+    monkeypatch.setattr("fcntl.flock", replaced)
+    with build.alone_in_build("tiny"):
+        assert locked == [(tiny / "removed").stat().st_ino, folder.stat().st_ino]
+
+
 def test_clean_keeps_the_users_own_lines_and_choices(tiny: Path) -> None:
     env, ours, yours, port = tiny / "env", f"{WRITTEN}\nA=1\n", f"{OWN}\n", "GATEWAY_PORT=9443\n"
     own = f"{yours}MINE=1\n"

@@ -97,6 +97,12 @@ def test_files_larger_than_the_cache_are_not_stored(
     assert cache.limit_bytes() == 0
 
 
+def test_a_stage_without_a_key_stores_nothing(place: Path, tmp_path: Path) -> None:
+    cache.fill(folder(tmp_path / "by hand"), None, lambda out: (out / "model").write_text("weights"))
+    assert (tmp_path / "by hand" / "model").is_file()
+    assert cache.entries(place) == {}
+
+
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "file" / "cache"))

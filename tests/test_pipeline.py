@@ -99,6 +99,7 @@ def test_a_second_build_runs_nothing_and_pruning_can_be_turned_on_and_off(
     assert engine() == ALL
     assert engine() == []
     assert engine(prune=0.25) == ["prune", *ALL[1:]]
+    assert engine(prune=0.25) == []
     assert engine() == ALL[1:]
     assert not (tiny / "build" / "tiny" / "pruned.safetensors").exists()
     edit("models/tiny/model.py", "# other layers\n")(tiny, monkeypatch)

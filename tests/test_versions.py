@@ -341,9 +341,9 @@ def test_a_version_leaves_a_repository_on_a_full_disk(candidate: Path, disk: Dis
     live = stage(candidate / "text", number=1, folder=place / "repository")
     move_in(stage(candidate / "text", number=2, folder=tmp_path / "new"), 2, live, before=1)
     fill(place)
-    assert move_out(live, 2, back_to=1, archive=tmp_path / "withdrawn") == []
+    assert move_out(live, 2, back_to=1, archive=tmp_path / "withdrawn" / "text") == []
     assert (choose_versions(live).versions, read_config(live / CONFIG)) == ((1,), read_config(live / "1" / CONFIG))
-    assert check_version(tmp_path / "withdrawn", 2)[0] is not None
+    assert check_version(tmp_path / "withdrawn" / "text", 2)[0] is not None
 
 
 def test_a_rollback_killed_while_it_archives_counts_as_done(
@@ -419,6 +419,7 @@ def test_a_rollback_works_without_a_record(live: Path, release: Release, disk: D
     assert (run.returncode, newest(live), json.loads(run.stdout)["outcome"]) == (0, 1, "rolled back"), run.stderr
     assert "No space left on device; the record is incomplete" in run.stderr
     assert "version 2 is withdrawn, but not archived" in run.stderr
+    assert f"until the next release it is in {live / '.scratch-2-0'}, hidden from servers" in run.stderr
     assert (live / ".scratch-2-0" / "model.onnx").is_file()
 
 
