@@ -162,7 +162,7 @@ def test_a_weight_that_two_parts_share_is_refused() -> None:
     head = nn.Linear(16, 32, bias=False)
     layers = as_layers(nn.Sequential(tiny(padding_id=None, vocab_size=32), head))
     check_tied(layers, [part(layers, rank, 2) for rank in (0, 1)], "pipeline")
-    head.weight = layers[0].tokens.weight
+    head.weight = layers[0].get_parameter("tokens.weight")
     with pytest.raises(InputError, match=r"parallel: 'pipeline': \d.weight is also a weight of another layer"):
         check_tied(layers, [part(layers, rank, 2) for rank in (0, 1)], "pipeline")
 
