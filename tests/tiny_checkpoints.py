@@ -37,6 +37,8 @@ CONFIGS: dict[str, Any] = {
     "roberta": lambda: transformers.RobertaConfig(**SIZES),
     "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES),
 }
+MEAN = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+"""Settings of a pooling module."""
 HEADS = {
     "encoder": transformers.AutoModel,
     "classifier": transformers.AutoModelForSequenceClassification,

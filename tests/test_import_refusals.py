@@ -1,0 +1,143 @@
+"""`deepseek import`: what cannot be imported is one line that says what is allowed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.utils import logging
+
+from cli.main import main as command
+from cli.main import values_of
+from cli.model_folder.checkpoint import Checkpoint
+from cli.model_folder.import_checkpoint import main
+from deepseek.spec import InputError
+from export.model_folder import ModelFolder
+from tests.tiny_checkpoints import MEAN, change, write_checkpoint, write_modules
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ({"architectures": ["BertForSequenceClassification"]}, "classifier.bias, classifier.weight"),
+        ({"intermediate_size": 96}, "encoder.layer.0.intermediate.dense.bias, .*"),
+    ],
+    ids=["head", "sizes"],
+)
+def test_weights_that_do_not_fit_the_config_are_one_line(values: dict[str, Any], names: str, tmp_path: Path) -> None:
+    logging.set_verbosity_warning()  # would print a table of the weights
+    write_checkpoint(tmp_path / "some", "bert")
+    change(tmp_path / "some", **values)
+    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    with pytest.raises(InputError, match=rf"no weights for {names} in the sizes of config.json"):
+        ModelFolder("some", tmp_path / "models").load()
+    assert logging.get_verbosity() == logging.ERROR
+
+
+def without(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def with_file(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def config(**values: Any) -> Callable[[Path], object]:
+    return lambda folder: change(folder, **values)
+
+
+def modules(settings: dict[str, Any], *more: str) -> Callable[[Path], object]:
+    return lambda folder: write_modules(folder, settings, *more)
+
+
+def as_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+def prompt_apart(folder: Path) -> None:
+    write_modules(folder, MEAN | {"include_prompt": False})
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find "}}')
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
+    (shutil.rmtree, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
+    (as_file, (), "some: a file; allowed: the folder of a checkpoint"),
+    (without("config.json"), (), "config.json: no such file; a checkpoint of transformers has one"),
+    (with_file("config.json", "{"), (), "config.json: cannot be read as JSON"),
+    (config(hidden_size=None), (), "config.json: hidden_size: seen None; a whole number, 0 or more, is needed"),
+    (config(max_position_embeddings=0), (), "max_position_embeddings: seen 0; more than 0 is needed"),
+    (config(id2label={"1": "x"}), (), "id2label: seen {'1': 'x'}; a name for each id from 0 is needed"),
+    (config(auto_map={"AutoModel": "code.Bert"}), (), "auto_map: the checkpoint brings code of its own (trust_remote_code)"),
+    (config(model_type="gpt2"), (), "model_type: seen 'gpt2'; allowed: encoders of the types albert, bert, "),
+    (config(model_type="t5", is_encoder_decoder=True), (), "a model that generates text belongs to vLLM"),
+    (config(position_embedding_type="relative_key"), (), "position_embedding_type: seen 'relative_key'; allowed: absolute"),
+    (config(is_decoder=True), (), "model_type: seen 'bert' as a decoder"),
+    (config(architectures=["BertForQuestionAnswering"]), (), "architectures: seen BertForQuestionAnswering, which has no weights for a known task"),
+    ((lambda folder: None), ("--task", "classifier"), "architectures: seen BertModel, which has no weights for --task classifier"),
+    ((lambda folder: None), ("--task", "classify"), "--task: seen 'classify'; allowed: auto, encoder, classifier, "),
+    (without("model.safetensors"), (), "some: no weights; allowed: model.safetensors, "),
+    (with_file("model.safetensors", LFS), (), "model.safetensors: only a Git LFS pointer; fetch the file: git -C "),
+    (with_file("tokenizer.json", LFS), (), "tokenizer.json: only a Git LFS pointer; fetch the file: git -C "),
+    (with_file("tokenizer.json", "{}"), (), "tokenizer.json: not a tokenizer ("),
+    (config(vocab_size=50), (), "tokenizer.json: the largest id is 95, but vocab_size in config.json is 50"),
+    (modules(MEAN, "Dense"), (), "modules.json: seen the module Dense; allowed: Transformer, Pooling, Normalize"),
+    (modules({"pooling_mode_lasttoken": True}), (), "1_Pooling/config.json: seen the pooling lasttoken; allowed: one of mean, cls, max"),
+    (prompt_apart, (), "1_Pooling/config.json: include_prompt: seen false"),
+    (with_file("config_sentence_transformers.json", '{"prompts": ["a"]}'), (), "config_sentence_transformers.json: prompts cannot be read ("),
+    (with_file("config_sentence_transformers.json", '{"prompts": {"a": "b"}, "default_prompt_name": "c"}'), (), "default_prompt_name 'c' is not one of the prompts"),
+    (with_file("modules.json", "[{}]"), (), "modules.json: cannot be read"),
+    ((lambda folder: None), ("--name", "gateway"), "name: seen 'gateway', but build/gateway is reserved"),
+    ((lambda folder: None), ("--name", "taken"), "taken: already exists; choose another name, or another folder"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain") / "some"
+    write_checkpoint(folder, "bert")
+    return folder
+
+
+@pytest.mark.parametrize(("spoil", "words", "told"), REFUSALS)
+def test_what_cannot_be_imported_is_one_line_and_writes_nothing(
+    spoil: Callable[[Path], object],
+    words: tuple[str, ...],
+    told: str,
+    plain: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(plain, tmp_path / "some")
+    (tmp_path / "models" / "taken").mkdir(parents=True)
+    spoil(tmp_path / "some")
+    assert command(["import", str(tmp_path / "some"), "--models", str(tmp_path / "models"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert told in error
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["taken"]
+
+
+def test_a_name_outside_ascii_asks_for_another(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(plain, tmp_path / "文")
+    assert command(["import", str(tmp_path / "文"), "--models", str(tmp_path / "models")]) == 2
+    assert "文: its name has no letter or digit of ASCII; name the model with --name" in capsys.readouterr().err
+
+
+def test_a_type_that_never_read_the_type_of_positions_may_name_any(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "modernbert")
+    change(tmp_path, position_embedding_type="sans_pos")  # as Ettin, mmBERT and Granite have it
+    assert Checkpoint.read(tmp_path, "auto").task == "encoder"
+
+
+def test_a_missing_part_of_the_weights_is_one_line(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "bert", max_shard_size="40KB")
+    min(tmp_path.glob("model-*.safetensors")).unlink()
+    with pytest.raises(InputError, match=r"00001-of-.*: no such file, but the index of the weights names it"):
+        Checkpoint.read(tmp_path, "auto")
