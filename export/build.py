@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from deepseek.precisions import Precision
-from deepseek.spec import build_dir
+from deepseek.spec import InputError, build_dir
 from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.folders import write_whole
 from deepseek.targets import PUBLISHABLE
@@ -87,6 +87,11 @@ class Builder:
             self._save_record()
             self.digests.save()
             self._execute(stage, lock)
+            if missing := [path for path in stage.writes if not path.is_file()]:
+                raise InputError(
+                    f"{stage.name} ended with exit code 0, but did not write {named(missing[0])}. Does model.py end "
+                    "the process, or has the current folder a cli.py?"
+                )
             self._record[stage.name] = {"inputs": inputs, "outputs": self.outputs(stage)}
             self._save_record()
         self.digests.save()

@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 
+from deepseek.spec import InputError
 from export import build, cache, clean
 from export.pipeline import Stage
 from serving.stack.env_file import OWN, WRITTEN
@@ -141,12 +141,18 @@ def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, ti
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [("sys.exit(0)", None), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 15)", 143)],
+    [("sys.exit(1)", 1), ("sys.exit(2)", 2), ("os.kill(os.getpid(), 15)", 143)],
 )
 def test_a_failed_stage_ends_the_build_with_its_exit_code(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: int | None
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, code: str, expected: int
 ) -> None:
     monkeypatch.setattr(build.Builder, "command", lambda *_: [sys.executable, "-c", f"import os, sys; {code}"])
-    with nullcontext() if expected is None else pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as caught:
         build.build(options_of(tiny), publish=False)
-    assert (caught and caught.value.code) == expected
+    assert caught.value.code == expected
+
+
+def test_a_stage_that_ends_without_its_files_ends_the_build(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.Builder, "command", lambda *_: [sys.executable, "-c", "import os; os._exit(0)"])
+    with pytest.raises(InputError, match=r"^train ended with exit code 0, but did not write tiny/weights"):
+        build.build(options_of(tiny), publish=False)
