@@ -1,6 +1,9 @@
 """The training recipe: learning, its schedule, and recovery after a kill or a NaN."""
 
+import contextlib
 import errno
+import functools
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -270,11 +273,26 @@ def test_a_wrong_argument_is_a_one_line_error() -> None:
         train_model(network(), points(), points(), cross_entropy, settings(mixed_precision="bf16"))
 
 
-def test_a_model_trained_in_mixed_precision_computes_in_its_own_precision_afterwards() -> None:
-    model, fresh = network(), network().eval()
+def doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return functools.wraps(forward)(lambda self, x: 2 * forward(self, x))
+
+
+class Decorated(nn.Linear):
+    @doubled
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("factor", [1.0, math.nan], ids=["trained", "diverged"])
+def test_a_model_trained_in_mixed_precision_computes_as_written_afterwards(factor: float) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, batch) * factor
+
+    model, fresh = Decorated(4, 2), Decorated(4, 2)
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have trained in another one
     try:
-        train_model(model, points(), points(1), cross_entropy, settings(max_epochs=1, mixed_precision="bf16"))
+        with pytest.raises(TrainingDiverged) if math.isnan(factor) else contextlib.nullcontext():
+            train_model(model, points(), points(1), loss, settings(max_epochs=1, mixed_precision="bf16"))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     fresh.load_state_dict(model.state_dict())

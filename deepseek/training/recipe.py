@@ -32,6 +32,7 @@ from deepseek.training.switches import (
     enable_gradient_checkpointing,
     leave_processes_at_exit,
     make_accelerator,
+    own_forward_afterwards,
     running_average,
 )
 from deepseek.training.ways import Data, LossFunction, Sharded, Weights, check_parallel, copied, rows_of
@@ -88,10 +89,11 @@ def train_model(
         raise InputError(f"model: no parameter of {type(model).__name__} requires a gradient: nothing can be trained")
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    run = _Run(model, train_data, validation_data, _checked(loss), config, checkpoints, report)
-    if checkpoints is not None:
-        run.keep_checkpoints(Path(checkpoints), identity or {})
-    return run.train()
+    with own_forward_afterwards(model):
+        run = _Run(model, train_data, validation_data, _checked(loss), config, checkpoints, report)
+        if checkpoints is not None:
+            run.keep_checkpoints(Path(checkpoints), identity or {})
+        return run.train()
 
 
 def _checked(loss: LossFunction) -> LossFunction:

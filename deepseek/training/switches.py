@@ -6,9 +6,11 @@ Before the first step: precision, running average, gradient checkpointing. After
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import os
 import time
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -40,6 +42,21 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         earlier = "already been initialized" in str(error)
         why = "this process has trained in another precision: start a new process" if earlier else error
         raise InputError(f"TrainingConfig: mixed_precision: seen {config.mixed_precision!r}; {why}") from None
+
+
+@contextlib.contextmanager
+def own_forward_afterwards(model: nn.Module) -> Iterator[None]:
+    """Takes away the mixed precision that accelerate puts around the model's `forward`, also after an error.
+
+    accelerate's `unwrap_model` would also remove decorators of the model's own.
+    """
+    own = {name: value for name, value in vars(model).items() if name == "forward"}
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        vars(model).update(own)
 
 
 def leave_processes_at_exit() -> None:

@@ -147,8 +147,7 @@ class Data:
         return copied(self.accelerator.unwrap_model(self.model))
 
     def load(self, weights: Weights) -> None:
-        """Loads weights into the model that the user passed in, which computes in its own precision from now on."""
-        self.accelerator.unwrap_model(self.given, keep_fp32_wrapper=False)
+        """Loads weights into the model that the user passed in."""
         self.given.load_state_dict(weights)
 
 
