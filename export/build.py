@@ -86,8 +86,10 @@ class Builder:
                 self._record.pop(invalid.name, None)
             self._save_record()
             self.digests.save()
+            before = _files(stage)
             self._execute(stage, lock)
-            if missing := [path for path in stage.writes if not path.is_file()]:
+            after = _files(stage)
+            if missing := [path for path in stage.writes if path not in after or after == before]:
                 raise InputError(
                     f"{stage.name} ended with exit code 0, but did not write {named(missing[0])}. Does model.py end "
                     "the process, or has the current folder a cli.py?"
@@ -153,6 +155,12 @@ class Builder:
         for path in (*stage.writes, *stage.beside):
             near = [name for name in found if name == path.name or name.startswith(f"{path.name}.")]
             self.inputs.foreseen |= {path.with_name(name): found[name] for name in near}
+
+
+def _files(stage: Stage) -> dict[Path, tuple[int, int]]:
+    """Inode and time of the files of a stage: each run replaces at least one of them."""
+    states = {path: path.stat() for path in stage.writes if path.is_file()}
+    return {path: (state.st_ino, state.st_mtime_ns) for path, state in states.items()}
 
 
 def _followers(stage: Stage, later: Sequence[Stage]) -> list[Stage]:

@@ -13,6 +13,7 @@ import pytest
 
 from deepseek.spec import InputError
 from export import build, cache, clean
+from export.artifact import weights_path
 from export.pipeline import Stage
 from serving.stack.env_file import OWN, WRITTEN
 from tests.test_pipeline import CHOSEN, DEPLOY, GRAPHS, MEASURE, SELECT, Run, engine, options_of, tiny
@@ -152,7 +153,13 @@ def test_a_failed_stage_ends_the_build_with_its_exit_code(
     assert caught.value.code == expected
 
 
-def test_a_stage_that_ends_without_its_files_ends_the_build(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("built_before", [False, True])
+def test_a_stage_that_ends_without_its_files_ends_the_build(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, built_before: bool
+) -> None:
+    if built_before:
+        weights_path("tiny").parent.mkdir(parents=True)
+        weights_path("tiny").write_text("{}")
     monkeypatch.setattr(build.Builder, "command", lambda *_: [sys.executable, "-c", "import os; os._exit(0)"])
     with pytest.raises(InputError, match=r"^train ended with exit code 0, but did not write tiny/weights"):
         build.build(options_of(tiny), publish=False)
