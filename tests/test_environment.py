@@ -189,7 +189,8 @@ def start(venv: Path, **options: Any) -> subprocess.Popen[str]:
 def test_a_killed_set_up_keeps_the_lock_until_its_pip_ends(tmp_path: Path) -> None:
     own = tmp_path / "bin" / "python"
     own.parent.mkdir()
-    own.write_text(f'#!/bin/sh\ncase "$*" in *install*) touch {tmp_path}/began; sleep 2;; esac\n')
+    installs = f"touch {tmp_path}/began; while [ -e {tmp_path}/began ]; do sleep 0.1; done"
+    own.write_text(f'#!/bin/sh\ncase "$*" in *install*) {installs};; esac\n')
     own.chmod(0o755)
     line = [sys.executable, "-m", "cli.environment", "--venv", str(tmp_path)]
     with subprocess.Popen(line, env={**os.environ, "TORCH_CPU_INDEX": "http://127.0.0.1:9"}, **QUIET) as process:
@@ -198,9 +199,12 @@ def test_a_killed_set_up_keeps_the_lock_until_its_pip_ends(tmp_path: Path) -> No
             time.sleep(0.01)
         process.kill()
     folder = os.open(tmp_path, os.O_RDONLY)
-    with pytest.raises(BlockingIOError):
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # waits for pip
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        (tmp_path / "began").unlink()  # pip ends
+    fcntl.flock(folder, fcntl.LOCK_EX)
     os.close(folder)
 
 
