@@ -42,8 +42,7 @@ class Magnitudes:
         while peak > self.width * BINS:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2)])
             self.width *= 2
-        end = np.float64(self.width * BINS)  # else the edges have the type of the values: float16 has too few digits
-        self.counts += np.histogram(np.abs(values), BINS, (0.0, end))[0]
+        self.counts += np.histogram(np.abs(values), BINS, (0.0, self.width * BINS))[0]
 
     def entropy_range(self) -> float:
         """The range whose LEVELS have the smallest KL divergence from the histogram: the largest one of equals.
