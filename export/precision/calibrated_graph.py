@@ -48,6 +48,8 @@ class CalibratedGraph:
     """Output error by method, if both were tried."""
     points: Points
     """Ranges by number of samples, for the method that was kept."""
+    growth: float
+    """Largest ratio of an activation's range to its range in the first batch."""
 
 
 class UnpublishedGraphs:
@@ -121,10 +123,10 @@ def calibrate(
 ) -> CalibratedGraph:
     """The calibrated graph; methods are compared by their output error on the rows of `sample`.
 
-    ModelOpt calibrates once, by max; entropy ranges are put into its graph, so that errors, curve and graph use the
-    same ranges.
+    Falls back to max if entropy cannot count an activation's range. ModelOpt calibrates once, by max; entropy ranges
+    are put into its graph, so that errors, curve and graph use the same ranges.
     """
-    points = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
+    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
     by_max = qdq_from_onnx(
         copied(spec, work / "max"), dataclasses.replace(config, calibration_method="max"), calibration
     )
@@ -134,7 +136,7 @@ def calibrate(
     if config.weight_only:
         use_wide_activations(by_max)
     graphs: dict[Method, onnx.ModelProto] = {"max": by_max}
-    if config.calibration_method != "max" and not config.weight_only:
+    if config.calibration_method != "max" and not config.weight_only and "entropy" in points:
         final = {method: ranges[max(ranges)] for method, ranges in points.items()}
         graphs["entropy"] = with_ranges(by_max, final["entropy"], final["max"])
     errors: dict[Method, float] = {}
@@ -144,4 +146,4 @@ def calibrate(
         reference = runs(onnx.load(onnx_path(spec.name, "fp32")))
         errors = {tried: output_error(runs(graph), reference) for tried, graph in graphs.items()}
         method = min(errors, key=errors.__getitem__)
-    return CalibratedGraph(model=graphs[method], method=method, errors=errors, points=points[method])
+    return CalibratedGraph(model=graphs[method], method=method, errors=errors, points=points[method], growth=growth)

@@ -15,57 +15,23 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from onnxruntime.quantization.calibrate import HistogramCollector
 
 from deepseek.quantization import Method
 from deepseek.spec import GateFailed
 from export.precision.qdq import COMPUTE_OPS, producers_of, quantized_names
+from export.quiet import quiet
 from export.rows import Row
 
 FIRST = 8
 FLAT = 0.05  # share of the final error; smaller differences are ignored
-BINS = 2048  # of a histogram of magnitudes
-LEVELS = 128  # magnitudes of 8 bits
-MOST_TRIED = 128  # ranges of a histogram that entropy compares
+# Entropy keeps the first batch's bin width and tries each range, so its cost is (128 bins x growth) squared.
+MOST_GROWTH = 64.0
+_BINS = 128  # the default of ONNX Runtime's calibrator
 _LEAST_PEAK = 1e-30  # of a range that can be divided into bins: smaller numbers have too few digits
 
 
 Points = dict[int, dict[str, float]]  # samples -> activation -> range
-
-
-class Magnitudes:
-    """A histogram of an activation's magnitudes. A value beyond the last bin makes all bins twice as wide."""
-
-    def __init__(self, peak: float) -> None:
-        self.counts, self.width = np.zeros(BINS), peak / BINS
-
-    def add(self, values: np.ndarray, peak: float) -> None:
-        while peak > self.width * BINS:
-            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2)])
-            self.width *= 2
-        self.counts += np.histogram(np.abs(values), BINS, (0.0, self.width * BINS))[0]
-
-    def entropy_range(self) -> float:
-        """The range whose LEVELS have the smallest KL divergence from the histogram: the largest one of equals.
-
-        Migacz 2017, "8-bit Inference with TensorRT"; like NVIDIA's pytorch-quantization without the many zeros of a
-        ReLU, which any range represents exactly.
-        """
-        counts = self.counts.copy()
-        counts[0] = counts[1]
-        ends = np.flatnonzero(self.counts)[::-1] + 1  # the last one covers all values
-        tried = [end for end in ends[:: -(-len(ends) // MOST_TRIED)] if end >= LEVELS]
-        return float(self.width * min(tried, key=lambda end: _divergence(counts, end), default=ends[0]))
-
-
-def _divergence(counts: np.ndarray, end: int) -> float:
-    """KL divergence of LEVELS that cover `end` bins from the whole histogram, whose rest is clipped into the last."""
-    kept = counts[:end].copy()
-    full, starts = kept > 0, np.arange(LEVELS) * end // LEVELS
-    levels = np.add.reduceat(kept, starts) / np.maximum(1, np.add.reduceat(full.astype(int), starts))
-    shown = np.repeat(levels, np.diff(starts, append=end))[full]  # a level stands for its bins with values
-    kept[-1] += counts[end:].sum()
-    real = kept[full] / kept[full].sum()
-    return float((real * np.log(real * shown.sum() / shown)).sum())
 
 
 class ActivationRanges:
@@ -73,7 +39,10 @@ class ActivationRanges:
 
     def __init__(self) -> None:
         self.peaks: dict[str, float] = {}
-        self._magnitudes: dict[str, Magnitudes] = {}
+        self.growth = 1.0
+        """Largest ratio of an activation's range to that in its first batch with a range."""
+        self._first: dict[str, float] = {}
+        self._histograms = HistogramCollector("entropy", False, _BINS, _BINS, None, None)
 
     def add(self, values: Mapping[str, np.ndarray]) -> None:
         """Adds the activations of a batch; raises GateFailed if one is NaN or Inf."""
@@ -83,21 +52,25 @@ class ActivationRanges:
             peak = float(np.abs(value).max(initial=0))
             self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
             if peak >= _LEAST_PEAK:
-                self._magnitudes.setdefault(name, Magnitudes(peak))
-            if name in self._magnitudes:
-                self._magnitudes[name].add(value, peak)
+                self.growth = max(self.growth, self.peaks[name] / self._first.setdefault(name, peak))
+        if self.growth <= MOST_GROWTH:
+            with quiet():
+                self._histograms.collect_value({name: [values[name]] for name in values.keys() & self._first.keys()})
 
     def of(self, method: Method) -> dict[str, float]:
         """The magnitude that 127 (fp8: 448) represents, by activation."""
         if method == "max":
             return dict(self.peaks)
-        return {name: min(self.peaks[name], each.entropy_range()) for name, each in self._magnitudes.items()}
+        with quiet():
+            found = self._histograms.compute_entropy()
+        return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}
 
 
-def ranges_by_samples(path: Path, batches: Iterable[Row]) -> dict[Method, Points]:
-    """Ranges after 8, 16, 32, ... and all samples, by method.
+def ranges_by_samples(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, Points], float]:
+    """Ranges after 8, 16, 32, ... and all samples, by method; and the growth.
 
-    `path` is the fp32 graph; a copy of it is written beside it, so that external weights are found.
+    Past `MOST_GROWTH`, entropy is left out: it would take too long. `path` is the fp32 graph; a copy of it
+    is written beside it, so that external weights are found.
     """
     activations, ranges, seen, due = _activations(path), ActivationRanges(), 0, FIRST
     points: dict[Method, Points] = {"max": {}, "entropy": {}}
@@ -109,7 +82,9 @@ def ranges_by_samples(path: Path, batches: Iterable[Row]) -> dict[Method, Points
             for method in points:
                 points[method][seen] = ranges.of(method)
             due = max(2 * due, seen + 1)
-    return points
+        if ranges.growth > MOST_GROWTH:
+            points.pop("entropy", None)
+    return points, ranges.growth
 
 
 def _activations(path: Path) -> Callable[[Row], Row]:

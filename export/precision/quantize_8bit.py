@@ -64,6 +64,7 @@ def to_8_bits(
     reports["calibration"] = {
         "method": calibrated.method,
         "errors": calibrated.errors,
+        "growth": calibrated.growth,
         "rows": len(calibration.rows),
         "elements": lengths_of(calibration.rows),
         "curve": curve,

@@ -40,6 +40,7 @@ from export.graphs.graph_file import save_graph
 from export.model_folder import ModelFolder
 from export.precision.calibrated_graph import copied
 from export.precision.calibration import Calibration, NotFinite, calibration_of
+from export.precision.calibration_curve import MOST_GROWTH
 from export.precision.ptq import check_source, fp16_from_onnx
 from export.precision.qdq import COMPUTE_OPS, found_precision, share_equal_weights
 from export.precision.quantize_8bit import log, to_8_bits
@@ -175,6 +176,10 @@ def _show_calibration(report: dict[str, Any]) -> None:
         print(
             "calibration: output error "
             + ", ".join(f"{error:.3%} by {name}" for name, error in report["errors"].items())
+        )
+    elif report["growth"] > MOST_GROWTH:
+        print(
+            f"calibration: an activation grows {report['growth']:.3g}-fold past its first batch: no ranges by entropy"
         )
     table = Table("samples", *(str(point["samples"]) for point in report["curve"]), box=box.SIMPLE_HEAD)
     table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
