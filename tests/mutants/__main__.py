@@ -80,7 +80,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "publishing": (
         ("export/stages/publish.py", "export/publishing/triton_config.py", "serving/release/versions.py"),
-        ("tests/test_publish.py", "tests/test_triton_config.py", "tests/test_versions.py", "tests/test_vocabulary.py"),
+        ("tests/test_publish.py", "tests/test_triton_config.py", "tests/test_versions.py"),
     ),
     "precision selection": (
         (
