@@ -76,9 +76,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if starts_something(item):
             item.add_marker("server")
     if hasattr(config, "workerinput"):
-        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        minutes = Counter[Path]()  # about as long as the slow tests of a file take
+        for item in items:
+            if marker := item.get_closest_marker("slow"):
+                minutes[item.path] += marker.kwargs.get("minutes", 0.2)
         measuring = {item.path for item in items if is_alone(item)}
-        items.sort(key=lambda item: (item.path in measuring, -slow[item.path], is_alone(item)))
+        items.sort(key=lambda item: (item.path in measuring, -minutes[item.path], is_alone(item)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -38,7 +38,7 @@ OBSERVED = ("--file", "compose.yaml", "--file", "docker/compose.offline.yaml", "
 # Decided by few requests, and kept on a machine that is busy with other things.
 SLO = '[slo]\nobjectives = ["p50_ms < 5000", "error_rate <= 0"]\n'
 PROFILES = ("--profile", "loadtest", "--profile", "observe")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=1)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def test_a_missing_or_broken_log_is_one_line_and_changes_nothing(tmp_path: Path,
     assert not list((tmp_path / "build").glob("recommender/weights*"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
 def test_a_new_item_of_yesterdays_log_is_in_the_version_that_the_gates_judge(tmp_path: Path) -> None:
     """The gates compare both versions by the names of the items. The later ones measure time, so any may refuse here."""
     clicks, build = tmp_path / "clicks", tmp_path / "build" / "recommender"

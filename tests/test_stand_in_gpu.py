@@ -30,7 +30,7 @@ MEASURED = {
     **{"dynamic batching and CUDA graphs, on and off": ""},
 }
 MISSED = ("failed", "exit code 1")  # the SLO, which a busy machine may miss too
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=8)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def check_judged(run: subprocess.CompletedProcess[str]) -> None:
     assert "p99_ms" in run.stdout or "the generator sent late" in run.stderr, told
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=7)
 def test_the_tutorial_releases_a_second_version(checkout: Checkout) -> None:
     page = "docs/tutorials/first-model.md"
     new, engine, serve, infer, parity, verdict, report, release, rollback = blocks(page, "sh")
@@ -43,7 +43,7 @@ def test_the_tutorial_releases_a_second_version(checkout: Checkout) -> None:
             assert "version 1 after" in checkout.sh(rollback).stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_the_readmes_model_is_built_served_and_called(checkout: Checkout) -> None:
     (toml,), (call, model) = blocks("README.md", "toml"), blocks("README.md", "python")
     folder = checkout.folder / "models" / "digits"
