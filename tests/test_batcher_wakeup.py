@@ -81,10 +81,11 @@ def test_only_waits_like_the_batchers_are_cut(wakeup: Path, tmp_path: Path) -> N
         return [int(word) for word in run.stdout.split()]
 
     for kind in ("slot", "none"):
-        times = returned(kind, 36)
+        times = returned(kind, 60)
         first = times.index(errno.ETIMEDOUT)
         assert 0 < first < 18  # 0.1, 0.2, 0.4 ms and so on: seldom while a batch is computed
-        assert 2 < times.index(errno.ETIMEDOUT, first + 1) - first < 18  # but soon after it was notified
+        # But soon after it was notified, which may be late.
+        assert 2 < times.index(errno.ETIMEDOUT, first + 1) - first < 36
     assert returned("other", 1) == [errno.ETIMEDOUT]
 
 
