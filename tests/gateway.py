@@ -79,8 +79,8 @@ class Gateway:
     ) -> None:
         skip_without_nginx()
         self.folder = folder / "gateway"
-        self.port, self.internal_port = free_port(), free_port()
-        self.local_http, self.local_grpc = (f"{local}:{free_port()}" for _ in range(2))
+        self.port, self.internal_port, *ports = free_ports(4)
+        self.local_http, self.local_grpc = (f"{local}:{port}" for port in ports)
         self.log_path = folder / "gateway.log"
         ensure_folder(self.folder, [])
         (self.folder / "limits.conf").write_text(limits)
