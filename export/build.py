@@ -91,8 +91,8 @@ class Builder:
             after = _files(stage)
             if missing := [path for path in stage.writes if path not in after or after == before]:
                 raise InputError(
-                    f"{stage.name} ended with exit code 0, but did not write {named(missing[0])}. Does model.py end "
-                    "the process, or has the current folder a cli.py?"
+                    f"{stage.name} ended with exit code 0, but did not write {named(missing[0])}: model.py must not "
+                    "end the process, and the current folder must have no cli.py of its own"
                 )
             self._record[stage.name] = {"inputs": inputs, "outputs": self.outputs(stage)}
             self._save_record()

@@ -171,7 +171,8 @@ def alone_with(key: str | None) -> Iterator[None]:
 def _lock_file(place: Path) -> int:
     """A descriptor of the file of locks, open until the process ends.
 
-    Closing one would end all locks of this process in the file, also that of the stage whose part it makes.
+    Closing any descriptor of the file would end all locks of this process in it. So a part of a stage would end the
+    stage's lock.
     """
     place.mkdir(parents=True, exist_ok=True)
     return os.open(place / LOCKS, os.O_WRONLY | os.O_CREAT, 0o666)

@@ -105,7 +105,7 @@ def as_perfetto_reads(events: list[dict[str, Any]]) -> dict[int, list[tuple[str,
 
 
 def test_all_ports_of_its_server_are_free_ones() -> None:
-    """Another server may run, and if a model takes texts, also have the port of the OpenAI routes."""
+    """Another server may have the usual ports, the OpenAI routes' included."""
     command = _server(Namespace(repository=Path("somewhere")))
     options = vars(values_of("serve", *command[command.index("serve") + 1 :]))
     assert {name: value for name, value in options.items() if name.endswith("_port") and value != 0} == {}

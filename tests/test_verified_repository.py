@@ -1,4 +1,4 @@
-"""What a server sees of a repository whose versions come and go: no unfinished, unreadable or unneeded change."""
+"""A server follows a repository: it sees only changes that are complete, readable and needed."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def shards(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def check_tied(whole: nn.Module, parts: Iterable[nn.Module], way: str) -> None:
-    """Raises InputError if a weight of several layers is in several parts, which would each train their own copy."""
+    """Raises InputError if layers in different parts share a weight. Each part would train a copy of its own."""
     names = {name for part in parts for name, _ in part.named_parameters()}
     if copies := sorted(names - {name for name, _ in whole.named_parameters()}):
         raise InputError(

@@ -23,6 +23,7 @@ import psutil
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
 from loadtests.load.background_load import BackgroundLoad, Stream
+from loadtests.load.child_process import free_ports
 from loadtests.load.inputs import read_inputs
 from loadtests.load.request_log import RequestLog
 from loadtests.results.schedule import segments_of
@@ -30,7 +31,7 @@ from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
-from tests.gateway import Gateway, free_port, skip_without_nginx
+from tests.gateway import Gateway, skip_without_nginx
 
 READY_S = 600.0  # how long a start may take on a busy machine
 MIB = 2**20
@@ -129,7 +130,7 @@ class Service:
 
     def __init__(self, folder: Path, repository: Path, models: Path) -> None:
         self.folder, self.repository, self._models = folder, repository, models
-        self._ports: dict[str, Any] = {f"{name}_port": free_port() for name in ("http", "grpc", "metrics")}
+        self._ports: dict[str, Any] = dict(zip(("http_port", "grpc_port", "metrics_port"), free_ports(3), strict=True))
 
     def __enter__(self) -> Self:
         skip_without_nginx()
