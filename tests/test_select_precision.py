@@ -21,12 +21,12 @@ from deepseek.spec.paired_drop import DropJudgement, values_of
 from export.artifact import engine_path, onnx_path
 from export.model_folder import ModelFolder, Predict
 from export.precision import accuracy_budget
+from export.precision.choice_table import show
 from export.rows import load_rows, save_rows
 from export.runtimes import timing, variants
 from export.runtimes.onnxruntime_predictor import onnx_predictor
 from export.runtimes.timing import Timer
 from export.stages import quantize, select_precision
-from export.stages.select_precision import show
 from tests.conftest import RunHere
 from tests.test_accuracy import scaled
 from tests.test_precision_choice import by_rows, judged_by_number

@@ -13,13 +13,11 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from deepseek.onnxruntime_session import choose_provider
 from deepseek.precisions import PRECISIONS
@@ -36,11 +34,9 @@ from deepseek.spec import (
     kept_for_json,
 )
 from deepseek.spec.machine.cpu import has_int8_dot_products
-from deepseek.spec.paired_drop import interval_text
 from export.artifact import (
     choice_path,
     engine_path,
-    human_bytes,
     json_text,
     onnx_path,
     pruning_of,
@@ -59,9 +55,9 @@ from export.precision.accuracy_budget import (
     measured,
     sensitivity_of,
 )
+from export.precision.choice_table import show
 from export.precision.precision_choice import add_speed, choose
-from export.precision.sensitivity import shares_table, verdict
-from export.rows import load_rows
+from export.rows import Row, load_rows
 from export.runtimes.batching import outputs_of
 from export.runtimes.isolation import Crashed, in_child
 from export.runtimes.pytorch_predictor import module_predictor
@@ -76,37 +72,10 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
     """Runs the stage; returns the measurements and, under "chosen", the choice ("" if there is none)."""
     spec = source.spec
     wanted: list[Precision] = [only] if only else list(spec.precision.candidates)
-    tried: list[Precision] = ["fp32", *(name for name in wanted if name != "fp32")]
-    refused = {name: why for name in tried if (why := _refusal(spec, name, target) or _failure(spec, name, target))}
-    if only in refused or "fp32" in refused:
-        raise GateFailed(refused[only if only in refused else "fp32"])
-    module = source.load()
-    reference, weights = module_predictor(spec, module), weights_digest(module)
-    baseline = functools.cache(lambda: Baseline.of(source, reference))  # not needed if all results are cached
-    variants: dict[str, dict[str, Any]] = {}
-    runners: dict[Precision, Predict] = {}
-    for name in [name for name in tried if name not in refused]:
-        with log.status(f"{name} on {target}"):
-            runner = variant_predictor(spec, name, target)
-            try:
-                variants[name] = _variant(source, target, name, weights, baseline, runner)
-            except GateFailed as error:
-                if name in ("fp32", only):
-                    raise
-                refused[name] = str(error)
-            else:
-                runners[name] = runner
+    comparison = _Comparison(source=source, target=target, only=only)
+    variants = comparison.accuracies(["fp32", *(name for name in wanted if name != "fp32")])
     metrics, *_ = [variant.pop("pytorch") for variant in variants.values()]  # each has the same
-    rows = load_rows(build_dir(spec.name) / "evaluation.npz")
-    inputs = inputs_at(spec, rows, {name: axis.opt for name, axis in spec.axes.items()})
-    with log.status("timing, interleaved"):
-        timers = {name: variant_timers(spec, name, target, runner, inputs) for name, runner in runners.items()}
-        before = clocks()
-        seconds, copies = _timed(timers, wall(lambda: reference(inputs)))
-    timed_rows = spec.axes[BATCH].opt
-    add_speed(variants, seconds, timed_rows)
-    for copied, each in copies.items():
-        variants[copied]["copies_ms"] = 1000 * statistics.median(each)
+    seconds, speeds = comparison.speeds(variants)
     candidates = [name for name in wanted if name in variants]
     judged = {name: judged_variant(spec, variant) for name, variant in variants.items()}
     chosen, reasons, failure = "", dict[str, str](), ""
@@ -114,9 +83,9 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
         chosen, reasons = choose(judged, candidates, seconds, asked=only is not None)
     except GateFailed as error:
         failure = str(error)
-    for compared, variant in variants.items():
+    for name, variant in variants.items():
         del variant["paired"]
-        variant |= {"reason": reasons.get(compared, judged[compared].reason), "judgement": asdict(judged[compared])}
+        variant |= {"reason": reasons.get(name, judged[name].reason), "judgement": asdict(judged[name])}
     warning = too_small(spec, metrics)
     provider = choose_provider(spec.onnxruntime.provider) if target == "onnxruntime" else None
     return {
@@ -129,34 +98,101 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
         "metric": "similarity" if warning else spec.precision.metric or "similarity",
         "warning": warning,
         "max_drop": spec.precision.max_drop,
-        "rows": len(rows),
-        "clocks": {"before": before, "after": clocks()},
-        "timed_shapes": {name: list(array.shape) for name, array in inputs.items()},
-        "pytorch": {"metrics": metrics, "rows_per_s": timed_rows / statistics.median(seconds["pytorch"])},
+        "rows": len(comparison.rows),
+        **speeds,
+        "pytorch": {"metrics": metrics, "rows_per_s": spec.axes[BATCH].opt / statistics.median(seconds["pytorch"])},
         "variants": variants,
-        "refused": refused,
+        "refused": comparison.refused,
         "sensitivity": {name: report for name in candidates if (report := sensitivity_of(spec, name))},
     }
 
 
-def _variant(
-    source: ModelFolder,
-    target: Target,
-    name: Precision,
-    weights: str,
-    baseline: Callable[[], Baseline],
-    predict: Predict,
-) -> dict[str, Any]:
-    """The accuracy of a variant, the metrics of PyTorch (both may come from the cache), and the variant's size."""
-    spec = source.spec
+@dataclass(kw_only=True)
+class _Comparison:
+    """The variants of a model on a target, beside fp32 PyTorch."""
 
-    def measure() -> dict[str, Any]:
-        return {**_measured(baseline(), predict, sensitivity_of(spec, name)), "pytorch": baseline().metrics}
+    source: ModelFolder
+    target: Target
+    only: Precision | None
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why a candidate could not be made or compared."""
+    predictors: dict[Precision, Predict] = field(default_factory=dict)
+    """Of the variants that were compared."""
 
-    found = measured(accuracy_key(source, name, weights), spec.name, measure)
-    if name == "fp32":
-        _check_fp32(spec, target, found["parity"])
-    return {**found, "size_bytes": read_manifest(engine_path(spec.name, name, target)).size_bytes}
+    @functools.cached_property
+    def module(self) -> Any:
+        return self.source.load()
+
+    @functools.cached_property
+    def reference(self) -> Predict:
+        return module_predictor(self.source.spec, self.module)
+
+    @functools.cached_property
+    def weights(self) -> str:
+        return weights_digest(self.module)
+
+    @functools.cached_property
+    def baseline(self) -> Baseline:  # not needed if all results are cached
+        return Baseline.of(self.source, self.reference)
+
+    @functools.cached_property
+    def rows(self) -> list[Row]:
+        return load_rows(build_dir(self.source.spec.name) / "evaluation.npz")
+
+    def accuracies(self, tried: Sequence[Precision]) -> dict[str, dict[str, Any]]:
+        """Accuracy and size of each variant. Raises GateFailed if fp32, or the one asked for, cannot be compared."""
+        spec, needed = self.source.spec, [name for name in (self.only, "fp32") if name]
+        for name in tried:
+            if why := _refusal(spec, name, self.target) or _failure(spec, name, self.target):
+                self.refused[name] = why
+        if reasons := [self.refused[name] for name in needed if name in self.refused]:
+            raise GateFailed(reasons[0])
+        variants: dict[str, dict[str, Any]] = {}
+        for name in [name for name in tried if name not in self.refused]:
+            with log.status(f"{name} on {self.target}"):
+                predict = variant_predictor(spec, name, self.target)
+                try:
+                    variants[name] = self._accuracy(name, predict)
+                except GateFailed as error:
+                    if name in needed:
+                        raise
+                    self.refused[name] = str(error)
+                else:
+                    self.predictors[name] = predict
+        return variants
+
+    def _accuracy(self, name: Precision, predict: Predict) -> dict[str, Any]:
+        """The accuracy of a variant, the metrics of PyTorch (both may come from the cache), and the variant's size."""
+        spec = self.source.spec
+
+        def measure() -> dict[str, Any]:
+            found = _measured(self.baseline, predict, sensitivity_of(spec, name))
+            return {**found, "pytorch": self.baseline.metrics}
+
+        found = measured(accuracy_key(self.source, name, self.weights), spec.name, measure)
+        if name == "fp32":
+            _check_fp32(spec, self.target, found["parity"])
+        return {**found, "size_bytes": read_manifest(engine_path(spec.name, name, self.target)).size_bytes}
+
+    def speeds(self, variants: dict[str, dict[str, Any]]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+        """Times all variants and PyTorch, and adds the speeds to `variants`.
+
+        Returns the seconds of each round, and the conditions of the timing.
+        """
+        spec = self.source.spec
+        inputs = inputs_at(spec, self.rows, {name: axis.opt for name, axis in spec.axes.items()})
+        with log.status("timing, interleaved"):
+            timers = {
+                name: variant_timers(spec, name, self.target, predict, inputs)
+                for name, predict in self.predictors.items()
+            }
+            before = clocks()
+            seconds, copies = _timed(timers, wall(lambda: self.reference(inputs)))
+        add_speed(variants, seconds, spec.axes[BATCH].opt)
+        for name, each in copies.items():
+            variants[name]["copies_ms"] = 1000 * statistics.median(each)
+        shapes = {name: list(array.shape) for name, array in inputs.items()}
+        return seconds, {"clocks": {"before": before, "after": clocks()}, "timed_shapes": shapes}
 
 
 def _timed(
@@ -249,78 +285,6 @@ def without_rows(result: dict[str, Any]) -> dict[str, Any]:
         for name, each in result["variants"].items()
     }
     return {**result, "variants": variants}
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints the table, and why each variant was chosen or not."""
-    print(f"{result['model']} on {result['target']}: {result['rows']} evaluation rows, budget {result['max_drop']:.2%}")
-    Console(width=max(Console().width, 118), markup=False).print(_table(result))
-    for line in (*_about_rows(result), *_about_variants(result)):
-        print(line)
-    for name, report in result["sensitivity"].items():
-        if report["layers"]:
-            print(f"{name:<9} sensitivity: {verdict(report, name, report['high'])}")
-            Console(width=max(Console().width, 100), markup=False).print(shares_table(report, name, report["high"]))
-
-
-def _table(result: dict[str, Any]) -> Table:
-    """One row per variant."""
-    metric, base = result["metric"], result["pytorch"]
-    table = Table("precision", box=box.SIMPLE_HEAD)
-    for column in (metric, "drop", "interval", "rows", "worst error", "cosine", "top", "speed", "size"):
-        table.add_column(column, justify="right", no_wrap=column == "interval")
-    speed = base["rows_per_s"] / result["variants"]["fp32"]["rows_per_s"]
-    reference = f"{base['metrics'][metric]:.4f}" if metric in base["metrics"] else "1"
-    table.add_row("PyTorch fp32", reference, "", "", "", "", "", "", f"{speed:.2f}x", "")
-    for name, variant in result["variants"].items():
-        outputs, judged = variant["parity"].values(), variant["judgement"]
-        errors = [output["worst_error"] for output in outputs if "worst_error" in output]
-        cosines = [output["cosine"] for output in outputs if "cosine" in output]
-        table.add_row(
-            name,
-            f"{variant['metrics'].get(metric, 1 - variant['drop']):.4f}".replace("-inf", ""),
-            f"{variant['drop']:+.2%}",
-            interval_text(judged["low"], judged["high"]) if judged["low"] is not None else "",
-            "" if variant["rows"]["drop"] is None else str(variant["rows"]["drop"]),
-            f"{max(errors):.2g}" if errors else "",
-            f"{min(cosines):.5f}" if cosines else "",
-            f"{min(output['top_agreement'] for output in outputs):.1%}",
-            f"{variant['speedup']:.2f}x",
-            human_bytes(variant["size_bytes"]),
-            style="bold" if name == result["chosen"] else None,
-        )
-    return table
-
-
-def _about_rows(result: dict[str, Any]) -> Iterator[str]:
-    """What the table's intervals and rows are."""
-    metric, variants = result["metric"], result["variants"]
-    confidence = next((each["judgement"]["confidence"] for each in variants.values()), None)
-    if confidence is not None:
-        yield f"interval: bounds of the drop, each at {confidence:.2%}; rows: those of drop and interval"
-    elif metric != "similarity":
-        yield f"{metric} is judged by one number, no interval: evaluate() does not return it row by row"
-    for name, each in variants.items():
-        if "chosen_on" in (rows := each["rows"]):
-            also = "" if metric == "similarity" else f", {metric} from all {rows['metric'] or 'rows'}"
-            yield f"{name}: layers were chosen on other rows; drop from {rows['drop']} rows{also}"
-
-
-def _about_variants(result: dict[str, Any]) -> Iterator[str]:
-    """Why each variant was chosen or not, and what else is known of its speed."""
-    variants = result["variants"]
-    if result["warning"]:
-        yield f"warning: {result['warning']}"
-    for name, variant in variants.items():
-        yield f"{name:<9} {variant['reason']}"
-    if result["int8_dot_products"] is False and (int8 := variants.get("int8")):
-        gain = f"{int8['speedup']:.2f} times fp32"
-        yield f"int8      gains less on this CPU ({gain}): it has no 8-bit dot products (VNNI, AMX)"
-    if copies := [f"{name} {each['copies_ms']:.3f} ms" for name, each in variants.items() if "copies_ms" in each]:
-        yield f"copies to and from the GPU, not part of the speed: {', '.join(copies)}"
-        yield f"GPU clocks: {result['clocks']['before']}; after timing: {result['clocks']['after']}"
-    for name, reason in result["refused"].items():
-        yield f"{name:<9} could not be made: {reason}"
 
 
 def main(options: argparse.Namespace) -> None:
