@@ -256,8 +256,6 @@ def _rows_text(each: Evaluated) -> str:
 def check_metric(source: ModelFolder, predict: Predict) -> Evaluated:
     """`evaluated` of fp32 PyTorch; raises InputError if the metric is not positive, differs from call to call or does
     not depend on `predict`, or if smaller seems better.
-
-    Smaller is better if the metric becomes clearly larger when rows get the outputs of other rows.
     """
     metric, calls = source.spec.precision.metric, 0
     if metric is None:
@@ -268,30 +266,41 @@ def check_metric(source: ModelFolder, predict: Predict) -> Evaluated:
         calls += 1
         return predict(inputs)
 
-    found, again = evaluated(source, counted), evaluated(source, predict)
-    place = f"{source.folder / 'model.py'}: evaluate()"
+    found = evaluated(source, counted)
     if not calls:
         raise InputError(
-            f"{place} never calls predict, so {metric!r} is not of the served model; compute it from predict(inputs)"
+            f"{source.folder / 'model.py'}: evaluate() never calls predict, so {metric!r} is not of the served model; "
+            "compute it from predict(inputs)"
         )
+    _check_repeats(source, predict, metric, found)
+    if not too_small(source.spec, found.metrics):
+        metric_drop(metric, found.metrics[metric], found.metrics[metric])  # refuses a negative one
+        _check_larger_is_better(source, predict, metric, found.metrics[metric])
+    return found
+
+
+def _check_repeats(source: ModelFolder, predict: Predict, metric: str, found: Evaluated) -> None:
+    """Raises InputError if a second call of evaluate() gives other values."""
+    again = evaluated(source, predict)
     one, other = (np.array(each.values or each.metrics[metric]) for each in (found, again))
     if one.shape != other.shape or not np.allclose(one, other, rtol=REPEATS, equal_nan=True):
         raise InputError(
-            f"{place} called twice with the same predict gives another {metric!r} ({found.metrics[metric]:g} and "
-            f"{again.metrics[metric]:g}): it draws at random; seed it, or candidates win or lose by chance"
+            f"{source.folder / 'model.py'}: evaluate() called twice with the same predict gives another {metric!r} "
+            f"({found.metrics[metric]:g} and {again.metrics[metric]:g}): it draws at random; seed it, or candidates "
+            "win or lose by chance"
         )
-    if too_small(source.spec, found.metrics):
-        return found
-    own = found.metrics[metric]
-    metric_drop(metric, own, own)
+
+
+def _check_larger_is_better(source: ModelFolder, predict: Predict, metric: str, own: float) -> None:
+    """Raises InputError if the metric, `own` as it is, becomes clearly larger when rows get other rows' outputs."""
     dealt: list[float] = []
     for distance in DISTANCES:  # the first is usually enough
         try:
             dealt.append(evaluated(source, _dealt(predict, distance)).metrics[metric])
         except InputError:  # evaluate() needs outputs that match its rows
-            return found
+            return
         if not dealt[-1] > WORSE * own:
-            return found
+            return
     least, most = min(dealt), max(dealt)
     if least - own > most - least:
         raise InputError(
@@ -299,7 +308,6 @@ def check_metric(source: ModelFolder, predict: Predict) -> Evaluated:
             f"more if rows get the outputs of other rows; {_LARGER.format(metric=metric)}; or the model is no better "
             "than chance"
         )
-    return found
 
 
 def _dealt(predict: Predict, distance: int) -> Predict:
