@@ -110,6 +110,14 @@ def test_a_history_without_known_items_is_one_of_padding(client: InferenceClient
         np.testing.assert_array_equal(found["best"], nothing["best"])
 
 
+@pytest.mark.parametrize("history", [[], ["x" * 252] * 256])  # the latter fill the region, 64 KiB
+def test_empty_lists_go_through_shared_memory(server: EmbeddedServer, history: list[str]) -> None:
+    with InferenceClient(server.grpc_url, shared_memory=True) as client:
+        found = client.infer("shop", {"history": [history], "exclude": [[]]})
+        assert client.statistics().models["shop"].through_shared_memory == 1
+    assert found["unknown"].tolist() == [[len(history)]]
+
+
 def test_lists_of_any_length_run_as_one_batch_in_which_a_bad_one_fails_alone(server: EmbeddedServer) -> None:
     before = statistics(server, "shop")
 

@@ -34,6 +34,7 @@ REFUSED_S = 60.0
 CLOSE_TIMEOUT_S = 1.0
 FIRST_SWEEP_S, LONGEST_SWEEP_S = 0.1, 5.0  # until the next attempt to unregister abandoned regions
 ALIGNMENT = 64
+EMPTY = 1, 0  # offset and size of a tensor without values: Triton refuses it at offset 0, and at the end of a region
 _UNCLEAR = (Unreachable, ConnectionLost, DeadlineExceeded)  # leave open whether the region was registered
 
 
@@ -71,7 +72,7 @@ class Region:
         offset, inputs, outputs = 0, {}, {}
         for tensor in request.tensors:
             self._memory[offset : offset + len(tensor.data)] = tensor.data
-            inputs[tensor.name] = offset, len(tensor.data)
+            inputs[tensor.name] = (offset, len(tensor.data)) if tensor.data else EMPTY
             offset += _aligned(len(tensor.data))
         for name, size in request.result_sizes.items():
             outputs[name] = offset, size
