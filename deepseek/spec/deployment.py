@@ -109,15 +109,19 @@ class DeploymentSpec(Table):
     def _check_axes(self) -> None:
         """Checks that each axis of a shape is declared, and that an input has it."""
         on_inputs = {dim for tensor in self.inputs.values() for dim in tensor.shape if isinstance(dim, str)}
-        for table, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
-            for name, tensor in tensors.items():
-                for dim in (dim for dim in tensor.shape if isinstance(dim, str)):
-                    key = f"{table}.{name}.shape"
-                    if dim not in self.axes:
-                        declared = f"axes are {listed(self.axes)}: add [axes.{dim}] with min, opt and max"
-                        raise at(key, f"seen {dim!r}; {declared}")
-                    if dim not in on_inputs:
-                        raise at(key, f"no input has axis {dim!r}; inputs have {listed(on_inputs)}")
+        for name, tensor in self.inputs.items():
+            for dim in tensor.shape:
+                if isinstance(dim, str) and dim not in self.axes:
+                    declared = f"axes are {listed(self.axes)}: add [axes.{dim}] with min, opt and max"
+                    raise at(f"inputs.{name}.shape", f"seen {dim!r}; {declared}")
+        for name, tensor in self.outputs.items():
+            for dim in tensor.shape:
+                if isinstance(dim, str) and dim not in on_inputs:
+                    raise at(
+                        f"outputs.{name}.shape",
+                        f"seen {dim!r}; allowed: a number, or an axis of an input ({listed(on_inputs)}): pad an output "
+                        "of another size in forward, and return its true size as one more output",
+                    )
         for name in self.axes:
             if name not in on_inputs:
                 raise at(f"axes.{name}", f"no input has this axis; inputs have {listed(on_inputs)}")
