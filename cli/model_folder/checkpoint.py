@@ -117,7 +117,7 @@ class Checkpoint:
         prompts, default_prompt = _prompts(folder)
         pooling, pooling_from = _pooling(folder, modules, bool(prompts))
         types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
-        tokenizer = _optional(inside / "tokenizer_config.json")
+        tokenizer = _tokenizer_config(inside / "tokenizer_config.json")
         types &= "token_type_ids" in (tokenizer.get("model_input_names") or _usual_inputs(tokenizer))
         return cls(
             folder=inside,
@@ -234,6 +234,16 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
             found[name] = int(value)
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
+    return found
+
+
+def _tokenizer_config(path: Path) -> dict[str, Any]:
+    """The tokenizer's settings; raises InputError for values that transformers cannot use."""
+    found = _optional(path)
+    if (side := found.get("truncation_side")) not in (None, "left", "right"):
+        raise InputError(f"{path}: truncation_side: seen {side!r:.80}; allowed: left, right")
+    if not isinstance(names := found.get("model_input_names") or [], list):
+        raise InputError(f"{path}: model_input_names: seen {names!r:.80}; a list of names is needed")
     return found
 
 
