@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from deepseek.spec import ExitCode, InputError
 from deepseek.spec.children import end_with
 from loadtests.load.preflight import check_numbers
+from loadtests.load.replay import plan_file
 from loadtests.load.workers.master import Master
 from loadtests.load.workers.worker import Worker
 from loadtests.results.settings import LoadSettings
@@ -66,6 +67,9 @@ def read_settings(path: Path) -> list[LoadSettings]:
     parts = found if isinstance(found, list) else [found]
     for part in parts:
         check_numbers(part)
+        if part.replay and not plan_file(path.parent, part.model).is_file():
+            plan = plan_file(path.parent, part.model).name
+            raise InputError(f"--settings {path}: a replay needs {plan} beside it; use: make loadtest REPLAY=")
     return parts
 
 

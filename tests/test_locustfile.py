@@ -256,6 +256,7 @@ def test_bad_input_gives_a_one_line_error_before_any_load(
 
 
 SAVED = asdict(load_settings(rate_rps=5.0))
+REPLAY = {"file": "traffic.csv", "sha256": "", "speed": 1.0, "requests": 9, "peak_rps": 3.0}
 
 
 WRONG = {
@@ -265,6 +266,7 @@ WRONG = {
     json.dumps({**SAVED, "warmup_s": -1.0}): "warmup_s: Input should be greater than or equal to 0",
     json.dumps({**SAVED, "rate_rps": None, "shape": "fast"}): "--shape 'fast': seen 'fast'",
     json.dumps({**SAVED, "rate_rps": None, "shape": "0.01x9"}): "--shape 0.01x9 plans 0.09 requests",
+    json.dumps({**SAVED, "rate_rps": None, "replay": REPLAY}): "a replay needs tiny.replay.npy beside it",
 }
 READ = """
 import sys
