@@ -11,7 +11,15 @@ import grpc
 import hpack
 import numpy as np
 import pytest
-from deepseek_client import AccessDenied, InferenceClient, InvalidInput, ModelNotFound, ServerBusy, Unreachable
+from deepseek_client import (
+    AccessDenied,
+    InferenceClient,
+    InvalidInput,
+    ModelNotFound,
+    PreparedRequest,
+    ServerBusy,
+    Unreachable,
+)
 from deepseek_client.cli.main import main
 from deepseek_client.options import check_headers
 
@@ -97,7 +105,22 @@ def test_a_gateways_page_over_grpc_is_the_same_error_as_over_http(status_code: i
     assert getattr(refused.value, "retry_after_s", None) is None  # gRPC drops the headers of such a page
 
 
+def test_headers_that_grpc_cannot_take_are_not_sent_again() -> None:
+    request = PreparedRequest(model="m", version="", request_id="", outputs=(), parts=(), tensors=())
+    with grpc_answering(lambda *_: b"") as (url, _), InferenceClient(url) as client:
+        with pytest.raises(InvalidInput, match="metadata size exceeds"):
+            client.send(request, headers={"a": "b" * 20_000})
+        assert client.statistics().models["m"].retries == 0
+
+
 # TLS
+
+
+def test_a_grpc_server_without_tls_is_named() -> None:
+    plain = grpc_answering(lambda *_: b"")
+    refused = pytest.raises(Unreachable, match="it speaks no TLS")
+    with plain as (url, _), InferenceClient(url, tls=True, retries=0) as client, refused:
+        client.ready()
 
 
 @pytest.fixture(scope="module")

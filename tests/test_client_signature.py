@@ -52,6 +52,7 @@ class Color(str, enum.Enum):  # noqa: UP042 - its str() is its name
         ),
         pytest.param({"ids": IDS, "text": np.array([["a"]])}, "batch sizes disagree (ids 2, text 1)", id="batches"),
         pytest.param({"ids": IDS, "text": np.array([[b"a"], [3]], object)}, "holds 3 (int)", id="a number"),
+        pytest.param({"ids": IDS, "text": [["a"], ["b", "c"]]}, "has rows of different lengths", id="ragged"),
     ],
 )
 def test_inputs_that_do_not_fit_the_signature_are_refused(inputs: dict, says: str) -> None:

@@ -257,6 +257,8 @@ def _check_strings(where: str, array: np.ndarray) -> None:
     if array.dtype != np.object_:
         raise InvalidInput(f"{where} is {array.dtype}, the model takes strings; cast it yourself: .astype(str)")
     for value in array.ravel():  # an iterator, array.flat, takes at most 32 dimensions
+        if isinstance(value, list | tuple):
+            raise InvalidInput(f"{where} has rows of different lengths; make them equal: names may be filled with ''")
         if not isinstance(value, bytes | str):
             raise InvalidInput(f"{where} holds {value!r} ({type(value).__name__}); the model takes only bytes and str")
 

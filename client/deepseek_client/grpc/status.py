@@ -34,6 +34,7 @@ KINDS: dict[grpc.StatusCode, type[InferenceError]] = {
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
     grpc.StatusCode.CANCELLED: ConnectionLost,  # the server is shutting down; the request may have run
 }
+TOO_LARGE = re.compile("larger than max|metadata size exceeds")  # a message, or its headers
 PUSHBACK = "grpc-retry-pushback-ms"  # gRPC's own Retry-After (proposal A6)
 # BoringSSL's reason, and gRPC's own check of the host name.
 UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:()]*[^:() ])|Hostname Verification Check failed")
@@ -58,7 +59,7 @@ def error_of_rpc(url: str, error: Any, deadline: Deadline, *, connected: bool) -
         return _unavailable(url, reason, error, connected)
     if "CLIENT: Received message larger than max" in reason:
         return ServerError(f"{url}: {reason}, which is max_response_bytes; allow more")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in reason:
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and TOO_LARGE.search(reason):
         return InvalidInput(f"{url}: {reason}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ServerBusy(f"{url}: {reason}", _retry_after_s(error))
@@ -74,7 +75,7 @@ def _unavailable(url: str, reason: str, error: Any, connected: bool) -> Inferenc
     if not connected and reason.startswith(("failed to connect", "errors resolving", "DNS resolution failed")):
         if found := UNTRUSTED.search(reason):
             return untrusted(url, found[1] or found[0])
-        last = reason.rpartition(": ")[2].rstrip("]")
+        last = "it speaks no TLS" if "WRONG_VERSION_NUMBER" in reason else reason.rpartition(": ")[2].rstrip("]")
         return Unreachable(
             f"nothing serves gRPC at {url} ({last}); "
             "start Triton there, or correct the url (its gRPC port is 8001 by default)"
