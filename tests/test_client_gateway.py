@@ -113,6 +113,18 @@ def test_headers_that_grpc_cannot_take_are_not_sent_again() -> None:
         assert client.statistics().models["m"].retries == 0
 
 
+@protocols
+def test_statistics_of_a_model_that_the_server_does_not_have(protocol: Any) -> None:
+    reason = "requested model 'm' is not available"
+    refusing: Any = (
+        answering(status("400 Bad Request", f'{{"error": "{reason}"}}'))
+        if protocol == "http"
+        else grpc_answering(refuse(grpc.StatusCode.INVALID_ARGUMENT, reason))
+    )
+    with refusing as (url, _), InferenceClient(url, protocol) as client, pytest.raises(ModelNotFound, match=reason):
+        client.model_statistics("m")
+
+
 # TLS
 
 

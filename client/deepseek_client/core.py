@@ -126,7 +126,10 @@ class ClientCore:
         """Triton's statistics since it started."""
         check_texts(model=model)
         deadline = self._deadline(timeout_s)
-        return await self._retrier.call(lambda r, _: r.transport.model_statistics(model, deadline), deadline, model)
+        try:
+            return await self._retrier.call(lambda r, _: r.transport.model_statistics(model, deadline), deadline, model)
+        except InvalidInput as error:  # as Triton refuses a model that it does not have
+            raise ModelNotFound(str(error)) from None
 
     async def prepare(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from deepseek_client import BULK, AsyncInferenceClient, InvalidInput, ModelMetadata, ModelUnavailable
+from deepseek_client import BULK, AsyncInferenceClient, ModelMetadata, ModelUnavailable
 from deepseek_client.transport import Parameters
 
 from deepseek.spec import TEXT
@@ -131,10 +131,7 @@ class TextModels:
     async def statistics(self, name: str) -> dict:
         """Triton's statistics of a model. Raises ApiError."""
         with api_errors(name):
-            try:
-                return await self._client.model_statistics(name)
-            except InvalidInput as error:  # Triton's 400 for a model that it does not have
-                raise no_such_model(name, "not served here") from error
+            return await self._client.model_statistics(name)
 
     async def chosen(self, name: str | None, *, pairs: bool = False) -> TextModel:
         """The named model, or the only one. Raises ApiError unless it takes texts, or pairs of them."""
