@@ -78,6 +78,7 @@ E, S, R = EmbeddingRequest, SimilarityRequest, RerankRequest
         (S, {"inputs": PAIR, "parameters": 1}, "parameters", "parameters: seen 1; allowed: an object"),
         (R, {"texts": ["a"]}, "query", "query: missing; allowed: a string"),
         (R, {"query": ["a"], "texts": ["a"]}, "query", "query: seen an array; allowed: a string"),
+        (R, {"query": "a", "texts": [1]}, "texts", "texts[0]: seen 1; allowed: a string"),
         (R, {"query": "a", "texts": "a"}, "texts", 'texts: seen "a"; allowed: a list of strings'),
         (R, {"query": "a", "texts": ["a", 1.5]}, "texts", "texts[1]: seen 1.5; allowed: a string"),
         (R, {"query": "a", "texts": ["a"], "raw_scores": 1}, "raw_scores", "raw_scores: seen 1; allowed: true or false"),

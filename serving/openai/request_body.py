@@ -94,9 +94,6 @@ def _refused(why: str, at: str = "") -> PydanticCustomError:
 
 
 def _check_text(text: Any, at: str = "") -> Any:
-    if type(text) is int or (isinstance(text, list) and text and type(text[0]) is int):
-        advice = "send strings: ids of another tokenizer have another meaning here"
-        raise _refused(f"token ids; {advice} (LangChain: check_embedding_ctx_length=False)", at)
     if not isinstance(text, str):
         raise _refused(f"seen {shown(text)}; allowed: a string", at)
     if not text:
@@ -117,6 +114,10 @@ def _check_texts(texts: Any, allowed: str = "a list of strings") -> Any:
 
 
 def _check_text_or_texts(given: Any) -> Any:
+    first = given[0] if isinstance(given, list) and given else None
+    if type(first) is int or (isinstance(first, list) and first and type(first[0]) is int):
+        advice = "send strings: ids of another tokenizer have another meaning here"
+        raise _refused(f"token ids; {advice} (LangChain: check_embedding_ctx_length=False)", "[0]")
     return _check_text(given) if isinstance(given, str) else _check_texts(given, "a string or a list of strings")
 
 
