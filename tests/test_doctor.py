@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from deepseek.spec import InputError
+from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
+from serving.stack.env_file import CPU_FILES, GPU_FILES
 from tests.conftest import RunHere, write_add_one
 from tests.test_embedded import damage
 
@@ -72,6 +74,18 @@ def test_json_has_what_was_found_the_engines_and_the_machine(repository: Path, r
     assert result["findings"][0]["fix"].startswith("publish it again: deepseek publish")
     assert result["engines"][0]["inputs"]["pixels"]["dtype"] == "float32"
     assert result["machine"]["ram_bytes"] > 0
+
+
+@pytest.mark.parametrize(("files", "tag"), [(GPU_FILES, "26.09"), (CPU_FILES, TRITON_TAG)])
+def test_engines_are_compared_with_the_release_of_the_gpu_stack(
+    files: str, tag: str, tmp_path: Path, run_here: RunHere
+) -> None:
+    write_add_one(tmp_path / "repository")
+    (tmp_path / "env").write_text(f"COMPOSE_FILE={files}\nTRITON_TAG=26.09\n")
+    run = run_here(
+        "doctor", "--repository", str(tmp_path / "repository"), "--env-file", str(tmp_path / "env"), "--json"
+    )
+    assert json.loads(run.stdout)["machine"]["triton_tag"] == tag
 
 
 def says(**changes: object) -> Callable[[Path], object]:

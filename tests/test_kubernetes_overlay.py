@@ -20,7 +20,6 @@ import yaml
 
 from cli.main import values_of
 from deepseek.spec import InputError
-from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.kubernetes import overlay
 from serving.kubernetes.autoscaling import METRICS, ScaleChoice, scale_of
 from serving.kubernetes.loadtest_jobs import CONFIG_MAP_BYTES, _copy_inputs
@@ -30,6 +29,7 @@ from serving.observe.recording_rules import Scope
 from serving.repository.served_models import served_models
 from serving.stack.api_keys import digest
 from serving.stack.certificate import ensure_certificate
+from serving.stack.env_file import GPU_FILES
 from serving.stack.gateway_limits import gateway_sizes, limits
 from serving.stack.server_sizes import OPENAI_MIB, REST_S, server_sizes
 from tests.conftest import write_add_one
@@ -72,16 +72,14 @@ def test_on_a_gpu_the_openai_routes_run_beside_triton_if_a_model_takes_texts(aga
     config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"') + TAKES_TEXTS)
     folder, arguments = again
     registry = ("--registry", "registry.example.com/shop", "--output", str(folder / "texts"))
-    overlay.main(values_of("kubernetes", *arguments, *registry, "--repository", str(tmp_path / "gpu")))
+    (tmp_path / "env").write_text(f"COMPOSE_FILE={GPU_FILES}\nTRITON_TAG=26.09\n")
+    gpu = ("--repository", str(tmp_path / "gpu"), "--env-file", str(tmp_path / "env"))
+    overlay.main(values_of("kubernetes", *arguments, *registry, *gpu))
     objects = build(folder / "texts")
     pod = pod_of(objects)
     check_schema(find(objects, "Deployment"))
     found = {each["name"]: each for each in pod["containers"]}
-    assert (
-        found["openai"]["image"]
-        == found["triton"]["image"]
-        == f"registry.example.com/shop/deepseek-server:{TRITON_TAG}"
-    )
+    assert found["openai"]["image"] == found["triton"]["image"] == "registry.example.com/shop/deepseek-server:26.09"
     assert found["openai"]["resources"]["limits"]["memory"] == f"{OPENAI_MIB}Mi"
     stops = [int(found[name]["lifecycle"]["preStop"]["exec"]["command"][1]) for name in ("openai", "triton")]
     assert stops == [PRE_STOP_S, PRE_STOP_S + 10]

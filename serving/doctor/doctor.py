@@ -21,6 +21,7 @@ from serving.doctor.engine_checks import ServedEngine
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.doctor.machine_checks import mib
+from serving.stack.env_file import gpu_stack_tag
 
 
 def _print_table(engines: list[ServedEngine], machine: Machine) -> None:
@@ -43,7 +44,8 @@ def _print_table(engines: list[ServedEngine], machine: Machine) -> None:
 
 def main(options: argparse.Namespace) -> int:
     repository = options.repository
-    machine = Machine.detect(triton_tag=options.triton_tag, in_container=options.preflight)
+    tag = options.triton_tag or ("" if options.preflight else gpu_stack_tag(options.env_file))
+    machine = Machine.detect(triton_tag=tag, in_container=options.preflight)
     engines, findings = examine(repository, machine, model=options.model, kept=not options.preflight)
     failing = ("mismatch", "warning") if options.strict else ("mismatch",)
     holds = not any(finding.level in failing for finding in findings)

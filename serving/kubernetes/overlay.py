@@ -40,6 +40,7 @@ from serving.observe.recording_rules import Scope
 from serving.repository.archive import pack
 from serving.repository.checks import MANIFEST
 from serving.repository.served_models import MIB, ServedModel, served_models
+from serving.stack.env_file import gpu_stack_tag
 from serving.stack.gateway_folder import gateway_folder
 from serving.stack.gateway_limits import gateway_sizes, limits
 from serving.stack.refresh import folders_of, source_of
@@ -92,7 +93,7 @@ def _check(options: argparse.Namespace) -> None:
     options.gateway = options.gateway or gateway_folder()
     options.models_port = _port_of(options.models_url)
     options.image_tag = options.image_tag or IMAGE_TAG
-    options.triton_tag = check_tag(options.triton_tag or TRITON_TAG)
+    options.triton_tag = check_tag(options.triton_tag or gpu_stack_tag(options.env_file) or TRITON_TAG)
     if not (options.base / "base" / "kustomization.yaml").is_file():
         raise InputError(f"--base {options.base}: no base/kustomization.yaml in it; give the folder kubernetes/")
     if options.models_url and not re.fullmatch(r"https?://[^/\s\"]+/[^\s\"]*", options.models_url):

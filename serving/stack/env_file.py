@@ -111,6 +111,12 @@ def setting_before(path: Path, name: str) -> str:
     return "".join(found[-1]) if found else ""
 
 
+def gpu_stack_tag(path: Path) -> str:
+    """The release of NVIDIA's Triton in the env file of a stack with a GPU, whose engines need it; "" for another."""
+    on_gpu = setting_before(path, "COMPOSE_FILE").startswith(GPU_FILES)
+    return setting_before(path, "TRITON_TAG") if on_gpu else ""
+
+
 def running_gateway(repository: Path, env_file: Path) -> str:
     """host:port of the stack's gateway if the env file's stack serves this repository and something listens there."""
     served, port = (setting_before(env_file, name) for name in ("STACK_REPOSITORY", "GATEWAY_PORT"))

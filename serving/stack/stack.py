@@ -21,7 +21,7 @@ from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.observe.alerts import RUNBOOK
 from serving.repository.served_models import ServedModel, served_models
 from serving.stack.certificate import give
-from serving.stack.env_file import GPU_FILES, environment, setting_before, write_env_file
+from serving.stack.env_file import environment, gpu_stack_tag, setting_before, write_env_file
 from serving.stack.gateway_folder import ensure_folder, gateway_folder, observe_folder, results_folder, source_file
 from serving.stack.refresh import folders_of, source_of, write_limits, write_observed, write_settings
 
@@ -49,9 +49,7 @@ def _check(options: argparse.Namespace) -> None:
         options.gateway_port = int(before) if before.isdigit() else GATEWAY_PORT
     options.local_ports = local_ports(options.local_ports or setting_before(options.env_file, "LOCAL_PORTS"))
     options.project = options.project or setting_before(options.env_file, "COMPOSE_PROJECT_NAME") or PROJECT
-    on_gpu = setting_before(options.env_file, "COMPOSE_FILE").startswith(GPU_FILES)  # its engines need their release
-    before = setting_before(options.env_file, "TRITON_TAG") if on_gpu else ""
-    options.triton_tag = options.triton_tag or before or TRITON_TAG
+    options.triton_tag = options.triton_tag or gpu_stack_tag(options.env_file) or TRITON_TAG
     if not 0 < options.gateway_port < 65536:
         raise InputError(f"GATEWAY_PORT: seen {options.gateway_port}; use a port from 1 to 65535")
     if options.gateway_port in options.local_ports:
