@@ -26,7 +26,7 @@ from export.runtimes.pytorch_reference import (
 from export.stages import to_onnx
 from export.stages.to_onnx import export_model
 from tests.conftest import RunHere
-from tests.tiny_model import FIXED, TOML, tiny
+from tests.tiny_model import FIXED, TOML, tiny, with_outputs
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_build")]
 
@@ -108,70 +108,6 @@ def test_the_error_for_a_ranking_says_what_to_do_about_equal_scores(tmp_path: Pa
         GateFailed, match=r"if equal values are ranked, .* stable=True; .* set common in \[parity.fp32\]"
     ):
         check_corners(source.spec, model, lambda inputs: {"y": np.zeros(inputs["x"].shape, np.int64)}, "graph", rows)
-
-
-ENCODER = """
-def load():
-    torch.manual_seed(0)
-    model = Tiny()
-    layer = torch.nn.TransformerEncoderLayer(2, 1, 8, batch_first=True)
-    model.encoder = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    model.mask = torch.nn.Transformer.generate_square_subsequent_mask(4)
-    return model
-"""
-
-
-def with_outputs(*names: str) -> str:
-    """The signature of the tiny model with these outputs, each like `y`."""
-    head, tail = TOML.split("[outputs.y]")
-    block, axes = tail.split("[axes")
-    return head + "".join(f"[outputs.{name}]{block}" for name in names) + "[axes" + axes
-
-
-BAGS = {
-    "sum": "embedding_bag(ids, self.line.weight, mode='sum')",
-    "mean": "embedding_bag(ids, self.line.weight)",
-    "max": "embedding_bag(self.line.weight, ids, mode='max')",  # the order of old versions
-    **{
-        f"padded_{mode}": f"embedding_bag(ids, self.line.weight, mode='{mode}', padding_idx=0)"
-        for mode in ("sum", "mean", "max")
-    },
-}
-LOOKS = {
-    "causal_mask": "self.encoder(x.view(-1, 4, 2), mask=self.mask).flatten(1)",
-    "distribution": "torch.distributions.Normal(x, 1.0).log_prob(self.line(x))",
-}
-OPERATORS = {
-    "angle": "torch.atan2(torch.zeros_like(x), x)",
-    "distance": "torch.cdist(x, self.line.weight)",
-    "distance_by_products": "torch.cdist(x.repeat(1, 4), self.line.weight.repeat(1, 4))",
-    "manhattan": "torch.cdist(x, self.line.weight, p=1.0)",
-    "both": "torch.logaddexp(x * 1000, self.line(x) * 1000)",
-    "both_in_double": "torch.logaddexp(x.double() * 1000, self.line(x).double()).float()",
-    "log_odds_in_double": "torch.nn.functional.logsigmoid(x.double() * 1000).float()",
-    "log_odds": "torch.nn.functional.logsigmoid(x * 1000)",
-    "rest": "(midnight - torch.div(midnight, 86400, rounding_mode='trunc') * 86400).float()",
-    "weekday": "(midnight.div(86400, rounding_mode='floor') % 7).float()",
-    "place": "torch.searchsorted(x.sort(stable=True).values, self.line(x)).float()",
-}
-
-
-@pytest.mark.filterwarnings("ignore:Argument order of nn.functional.embedding_bag")
-@pytest.mark.parametrize(
-    ("ids", "more"),
-    [("x.abs().long()", LOOKS | OPERATORS), ("torch.from_numpy(x.abs().long().numpy())", {})],
-    ids=["traced", "which the exporter traces in another way"],
-)
-def test_modules_that_look_at_values_are_exported_and_bags_of_one_size_are_no_loop(
-    tmp_path: Path, ids: str, more: dict[str, str]
-) -> None:
-    bags = {name: f"torch.nn.functional.{bag}" for name, bag in BAGS.items()}
-    midnight = "((x * 999).long() + 20000) * 86400 - 1"  # seconds; float32 takes it for the next day
-    body = f"ids = {ids}.clamp(max=7); midnight = {midnight}; return {', '.join((bags | more).values())}"
-    source = tiny(tmp_path, toml=with_outputs(*bags, *more), body=body, code=ENCODER)
-    assert len(export_model(source)["checks"]) == 3
-    graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
-    assert not {"Loop", "SequenceEmpty"} & {node.op_type for node in graph.node}
 
 
 def test_attention_with_a_bias_for_each_row_without_heads_in_windows_or_without_a_key_is_exported(

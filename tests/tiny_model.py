@@ -56,3 +56,10 @@ def tiny(
     (folder / name / "deploy.toml").write_text(toml.replace('"tiny"', f'"{name}"'))
     (folder / name / "model.py").write_text(MODEL.format(body=body) + code)
     return ModelFolder(name, folder)
+
+
+def with_outputs(*names: str) -> str:
+    """The signature of the tiny model with these outputs, each like `y`."""
+    head, tail = TOML.split("[outputs.y]")
+    block, axes = tail.split("[axes")
+    return head + "".join(f"[outputs.{name}]{block}" for name in names) + "[axes" + axes

@@ -10,8 +10,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from onnxscript import opset20
 
 op: Any = opset20  # its types are those of whole functions of onnxscript
@@ -121,6 +122,41 @@ def _cdist(first: Any, second: Any, p: float, compute_mode: int | None) -> Any:
     return op.Pow(powers, op.CastLike(1 / p, first))
 
 
+def _stft(
+    signal: Any,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Any = None,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    return_complex: bool | None = None,
+    align_to_window: bool | None = None,
+) -> Any:
+    """Short-time Fourier transform of (N) or (B, N) as a convolution: (..., F, frames, 2), real and imaginary part.
+
+    ONNX Runtime's STFT took 6 times as long as PyTorch, and 30 times if `n_fft` is not a power of two. This takes 2 to 3.
+    """
+    if align_to_window or signal.dtype.name not in ("FLOAT", "FLOAT16", "DOUBLE"):
+        raise NotImplementedError("stft of complex values, or aligned to the window")
+    shown = n_fft if onesided is False else n_fft // 2 + 1
+    angles = 2 * np.pi / n_fft * (np.arange(shown)[:, None] * np.arange(n_fft) % n_fft)
+    waves = np.concatenate([np.cos(angles), -np.sin(angles)])[:, None]  # (2F, 1, n_fft)
+    length = win_length or n_fft
+    before = (n_fft - length) // 2
+    waves[..., :before] = waves[..., before + length :] = 0
+    waves = (waves / math.sqrt(n_fft) ** normalized).astype(signal.dtype.numpy())
+    filters = op.Constant(value=numpy_helper.from_array(waves))
+    if window is not None:
+        pads = op.Constant(value_ints=[before, n_fft - length - before])
+        filters = op.Mul(filters, op.CastLike(op.Pad(window, pads), signal))
+    alone = len(signal.shape) == 1
+    frames = op.Conv(op.Unsqueeze(signal, [0, 1] if alone else [1]), filters, strides=[hop_length or n_fft // 4])
+    parts = op.Reshape(frames, [0, 2, shown, -1])  # (B, 2, F, frames)
+    parts = op.Transpose(parts, perm=[0, 2, 3, 1])
+    return op.Squeeze(parts, [0]) if alone else parts
+
+
 TRANSLATIONS: dict[Callable, Callable] = {
     operator.floordiv: _floor_division,
     torch.ops.aten.div.Tensor_mode: _division,
@@ -132,4 +168,5 @@ TRANSLATIONS: dict[Callable, Callable] = {
     torch.ops.aten.sort.stable: _stable_sort,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
     torch.ops.aten._cdist_forward.default: _cdist,
+    torch.ops.aten.stft.default: _stft,
 }
