@@ -135,7 +135,7 @@ def _stft(
 ) -> Any:
     """Short-time Fourier transform of (N) or (B, N) as a convolution: (..., F, frames, 2), real and imaginary part.
 
-    ONNX Runtime's STFT took 6 times as long as PyTorch, and 30 times if `n_fft` is not a power of two. This takes 2 to 3.
+    ONNX Runtime's own took 6 times as long as PyTorch, or 30 times if `n_fft` is no power of two. This takes 2 to 3.
     """
     if align_to_window or signal.dtype.name not in ("FLOAT", "FLOAT16", "DOUBLE"):
         raise NotImplementedError("stft of complex values, or aligned to the window")
