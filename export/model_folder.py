@@ -28,6 +28,7 @@ from deepseek.spec import (
     GateFailed,
     InputError,
     InvalidMeasurement,
+    one_line,
 )
 from export.artifact import pruned_path
 from export.dependencies.requirements import FILE
@@ -145,7 +146,13 @@ class ModelFolder:
 
     def _samples(self, split: Split) -> Iterator[Any]:
         with user_code(self.folder, f"samples({split!r})"):
-            yield from self._module.samples(split)
+            found, path = self._module.samples(split), self.folder / "model.py"
+            if isinstance(found, Mapping):
+                raise InputError(
+                    f"{path}: samples({split!r}) returned one dict of {', '.join(map(str, found))}; "
+                    "a list of dicts is needed, each with arrays of one row or more"
+                )
+            yield from found
 
 
 @contextlib.contextmanager
@@ -229,11 +236,10 @@ def user_code(folder: Path, what: str) -> Iterator[None]:
         place, ours = place_of(error, folder)
         if ours:
             raise
-        message = " ".join(str(error).split())[:300]
         hint = ""
         if isinstance(error, ModuleNotFoundError):
             hint = f"; name its package in {folder / FILE}, which `make engine` installs"
-        raise InputError(f"{place}: {what}: {type(error).__name__}: {message}{hint}") from error
+        raise InputError(f"{place}: {what}: {type(error).__name__}: {one_line(error)}{hint}") from error
     finally:
         os.chdir(here)
 

@@ -54,8 +54,12 @@ def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, 
             r"load\(\): 'near' is sparse, and ONNX has no sparse products",
         ),
         ("\ndef load():\n    raise SystemExit('no weights')\n", r"model.py:23: load\(\): SystemExit: no weights"),
+        (
+            "\ndef load():\n    raise ValueError('\\x1b[1m' + 'bold ' * 90 + '\\x1b[0m' + 'long ' * 90 + 'end')\n",
+            r"model.py:23: load\(\): ValueError: bold .*bold  ?\.\.\. g long .*long end$",
+        ),
     ],
-    ids=["raises", "no module", "return forgotten", "a class", "a sparse buffer", "exits"],
+    ids=["raises", "no module", "return forgotten", "a class", "a sparse buffer", "exits", "a long message"],
 )
 def test_a_load_that_returns_no_module_is_one_error_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -101,7 +105,7 @@ def test_a_module_that_cannot_be_traced_is_refused(tmp_path: Path, returned: str
     [
         ("\ndef samples(split):\n    yield {'x': [[0.5] * 8]}\n", "seen list; deploy.toml says a numpy array of float32"),
         ("\ndef samples(split):\n    yield {'x': torch.zeros(1, 8)}\n", "seen Tensor; deploy.toml says a numpy array"),
-        ("\ndef samples(split):\n    return {'x': np.zeros((1, 8))}\n", r"seen str; a dict of \['x'\] is needed"),
+        ("\ndef samples(split):\n    return {'x': np.zeros((1, 8))}\n", "returned one dict of x; a list of dicts is needed, each with"),
         ("\ndef samples(split):\n    return []\n", "is empty; evaluation needs real inputs"),
         ("\ndef samples(split):\n    yield {'x': np.zeros(8, np.float32)}\n", r"shape \(8,\); deploy.toml says"),
         ("\ndef samples(split):\n    yield {'x': np.zeros((1, 7), np.float32)}\n", r"shape \(1, 7\); deploy.toml says \['batch', 8\]"),

@@ -21,6 +21,7 @@ from deepseek.spec.command import (
     InputError,
     InvalidMeasurement,
     kept_for_json,
+    one_line,
 )
 from deepseek.spec.deployment import DeploymentSpec, build_dir, flags_for, tokenizer_path, variables_for
 from deepseek.spec.files.manifest import FileDigest, Manifest, PublishedManifest
@@ -74,6 +75,7 @@ __all__ = [
     "flags_for",
     "histogram_bounds_ms",
     "kept_for_json",
+    "one_line",
     "tokenizer_path",
     "variables_for",
 ]

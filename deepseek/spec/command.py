@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -55,6 +56,12 @@ def kept_for_json(as_json: bool) -> Iterator[None]:
     """With --json, only the result goes to standard output; whatever the model's code prints goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         yield
+
+
+def one_line(message: object) -> str:
+    """Another library's message in one line without terminal codes: the beginning and the end of a long one."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(message)).split())
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-200:]}"
 
 
 def end_at_sigterm() -> None:

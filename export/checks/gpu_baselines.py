@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek.spec import DeploymentSpec, InputError, build_dir, variables_for
+from deepseek.spec import DeploymentSpec, InputError, build_dir, one_line, variables_for
 from export.artifact import need, onnx_path
 from export.model_folder import ModelFolder
 from export.rows import Row, load_rows
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
         try:
             found[name] = make(options.runs)
         except Exception as error:  # any fault of a compiler or a runtime is this candidate's result
-            found[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            found[name] = one_line(f"{type(error).__name__}: {error}")
     lines = [f"{name:24} {f'{it:.3f} ms' if isinstance(it, float) else it}" for name, it in found.items()]
     print(json.dumps(found, indent=2) if options.json else "\n".join(lines))
     return 0 if all(isinstance(it, float) for it in found.values()) else 1

@@ -17,7 +17,7 @@ from typing import Any
 import onnx
 
 from deepseek.quantization import Method, QuantConfig
-from deepseek.spec import DeploymentSpec, GateFailed
+from deepseek.spec import DeploymentSpec, GateFailed, one_line
 from export.artifact import onnx_path
 from export.cache import fill, stage_key
 from export.graphs.graph_file import save_graph
@@ -67,7 +67,7 @@ class UnpublishedGraphs:
             try:
                 return run(inputs)
             except Exception as error:  # ONNX Runtime raises many types
-                raise GateFailed(f"a trial graph does not run: {' '.join(str(error).split())[:300]}") from error
+                raise GateFailed(f"a trial graph does not run: {one_line(error)}") from error
 
         return tried
 

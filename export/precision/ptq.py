@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 
 from deepseek.quantization import QuantConfig
-from deepseek.spec import GateFailed, InputError
+from deepseek.spec import GateFailed, InputError, one_line
 from export.precision.calibration import Calibration
 from export.quiet import quiet
 from export.rows import save_arrays
@@ -32,7 +32,7 @@ def _modelopt(what: str) -> Iterator[None]:
         with quiet():
             yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or "it gave no reason"
+        reason = one_line(error) or "it gave no reason"
         raise GateFailed(f"ModelOpt cannot convert this graph to {what}: {type(error).__name__}: {reason}") from error
 
 

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 
 from deepseek.onnxruntime_session import ProviderError, cores, open_session
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, one_line
 from deepseek.spec.tables import OnnxRuntimeSpec
 from export.model_folder import Predict
 
@@ -67,4 +67,4 @@ def opened(
     except ProviderError as error:
         raise InputError(str(error)) from None
     except Exception as error:
-        raise GateFailed(f"{path}: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from None
+        raise GateFailed(f"{path}: ONNX Runtime cannot load it: {one_line(error)}") from None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError
+from deepseek.spec import BATCH, Axis, DeploymentSpec, GateFailed, InputError, one_line
 from deepseek.spec.machine.cpu import memory_bytes
 from export.artifact import human_bytes
 from export.model_folder import Predict, folder_of, in_order, model_py, user_code
@@ -264,7 +264,7 @@ def check_corners(
         except Exception as error:
             raise GateFailed(
                 f"{what}: does not run at {sizes_text(sizes)}, though the profile allows it: "
-                f"{' '.join(str(error).split())[:300]}; a size is baked into forward"
+                f"{one_line(error)}; a size is baked into forward"
             ) from None
         worst = {}
         for name, value in values.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import DeploymentSpec, InputError, one_line
 from export.model_folder import Predict
 from export.rows import Row
 
@@ -31,7 +31,7 @@ def torchscript_predictor(spec: DeploymentSpec, path: Path, device: str) -> Pred
         try:
             module = torch.jit.load(path, map_location=device)
         except RuntimeError as error:
-            raise InputError(f"{path}: TorchScript cannot load it: {' '.join(str(error).split())[:300]}") from None
+            raise InputError(f"{path}: TorchScript cannot load it: {one_line(error)}") from None
 
     def predict(inputs: Row) -> Row:
         with torch.inference_mode():

@@ -32,6 +32,7 @@ from deepseek.spec import (
     build_dir,
     flags_for,
     kept_for_json,
+    one_line,
 )
 from deepseek.spec.machine.cpu import has_int8_dot_products
 from export.artifact import (
@@ -254,7 +255,7 @@ def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | Non
     except Crashed as crash:
         return f"{crash} on its {what}"
     except Exception as error:
-        return f"its {what} does not run: {' '.join(str(error).split())[:300]}"
+        return f"its {what} does not run: {one_line(error)}"
     return None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +26,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json, one_line
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
 from export.cache import put_in_place, refined, stage_key
 from export.graphs.branches import sizes_of_branches
 from export.graphs.graph_file import save_graph
+from export.graphs.model_lines import line_in, untranslated_line, with_line
 from export.graphs.traceable import innermost, traceable, with_any_attention
 from export.graphs.translations import TRANSLATIONS
 from export.model_folder import ModelFolder, folder_of, model_py, place_of
@@ -60,8 +62,9 @@ log = Console(file=sys.stderr, markup=False)  # created now: the exporter's outp
 
 def onnx_from_torch(
     spec: DeploymentSpec, model: torch.nn.Module, example: Row
-) -> tuple[onnx.ModelProto, list[dict[str, int]]]:
-    """The dynamo exporter's graph with the signature's names and axes, and sizes where `forward` may differ from it.
+) -> tuple[onnx.ModelProto, list[dict[str, int]], dict[str, str]]:
+    """The dynamo exporter's graph with the signature's names and axes, sizes where `forward` may differ from it, and
+    lines of `model.py` by node.
 
     Raises InputError if the export fails.
     """
@@ -101,11 +104,13 @@ def onnx_from_torch(
                 f"{model_py(spec)}: ONNX has no scatter_reduce with 'mean', and the exporter writes one without a "
                 "reduction: divide the one with 'sum' by that of ones"
             )
-    for made in program.model.graph.all_nodes():
-        made.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # lines of model.py with this machine's paths
+    lines = {
+        str(made.name): line_in(folder_of(spec), made.metadata_props.pop("pkg.torch.onnx.stack_trace", None))
+        for made in program.model.graph.all_nodes()
+    }
     graph = program.model_proto
     _name_signature(spec, graph, fixed)
-    return graph, sizes_of_branches(spec, program.exported_program, traced_sizes(spec), checked_sizes(spec))
+    return graph, sizes_of_branches(spec, program.exported_program, traced_sizes(spec), checked_sizes(spec)), lines
 
 
 def _as_declared(model: torch.nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -121,11 +126,16 @@ def _why_not_exported(error: BaseException, folder: Path) -> str:
     error = innermost(error)
     told = str(error).partition("\nThe error above occurred")[0]  # advice for callers of torch.export
     lines = [line.strip() for line in told.splitlines() if line.strip()]
-    place, _ = place_of(error, folder)
+    place = untranslated_line(folder, error) or place_of(error, folder)[0]
     if "data-dependent" in str(error) or "FakeTensor" in str(error):
         return (
             f"{place}: cannot be exported: Python code depends on a tensor's values here; use "
             f"torch.where for values, torch.cond for branches at a batch of 1, a mask for lengths ({lines[0]})"
+        )
+    if operator := re.match(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", lines[0] if lines else ""):
+        return (
+            f"{place}: cannot be exported: PyTorch's exporter has no ONNX operator for {operator[1]}: compute it in "
+            "another way, or outside the model"
         )
     return f"{place}: cannot be exported: {' '.join(lines[:2]) or type(error).__name__}"
 
@@ -234,19 +244,23 @@ def _export(source: ModelFolder, model: torch.nn.Module, rows: dict[str, list[Ro
     with log.status("running evaluate()"):
         check_metric(source, predict)
     with log.status("exporting with the dynamo exporter"):
-        graph, branches = onnx_from_torch(spec, model, example)
+        graph, branches, lines = onnx_from_torch(spec, model, example)
         save_graph(graph, path)
-        try:
-            onnx.checker.check_model(path, full_check=True)
-        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            why = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"{model_py(spec)}: the graph is not valid ONNX: {why}; if ONNX has no such operator for this type, "
-                "compute in another one, such as int32 in place of bool"
-            ) from None
-    checks = _check(spec, model, evaluation, path, branches)
+    with with_line(lines):
+        _check_valid(spec, path)
+        checks = _check(spec, model, evaluation, path, branches)
     found = {"operators": len(graph.graph.node), "opset": OPSET, "checks": checks}
     record_build(path, spec, "fp32", clock, found=found, sources={"weights": weights_digest(model)})
+
+
+def _check_valid(spec: DeploymentSpec, path: Path) -> None:
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InputError(
+            f"{model_py(spec)}: the graph is not valid ONNX: {one_line(error)}; if ONNX has no such operator for this "
+            "type, compute in another one, such as int32 in place of bool"
+        ) from None
 
 
 def _check(

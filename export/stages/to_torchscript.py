@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, build_dir, kept_for_json
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, build_dir, kept_for_json, one_line
 from export.artifact import Stopwatch, engine_path, human_bytes, read_manifest, record_build
 from export.cache import put_in_place, refined, stage_key
 from export.model_folder import ModelFolder, model_py
@@ -63,7 +63,7 @@ def torchscript_from_torch(
         except InputError:
             raise
         except Exception as error:  # the tracer and the compiler raise errors of many types
-            problems.append(f"{way.__name__}: {' '.join(str(error).split())[:300]}")
+            problems.append(f"{way.__name__}: {one_line(error)}")
         else:
             if not baked:
                 return made[-1]
