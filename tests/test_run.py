@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +166,18 @@ def test_a_new_run_is_the_latest_though_the_clock_was_set_back(tmp_path: Path, m
         (draft / "run.json").touch()
         (published,) = publish(draft)
     assert (latest_run("tiny"), published.name) == (published, "2999-01-01T00-00-01.000Z")
+
+
+def test_mixes_that_end_together_get_a_name_each(tmp_path: Path) -> None:
+    def publish_at_once(drafts: list[Path]) -> str:
+        together.wait()
+        return publish(*drafts)[0].name
+
+    mixes, together = 8, threading.Barrier(8)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(mixes) as pool:
+        drafts = [[stack.enter_context(new_run(tmp_path / model)) for model in "ab"] for _ in range(mixes)]
+        for draft in (draft for mix in drafts for draft in mix):
+            (draft / "run.json").touch()
+        names = set(pool.map(publish_at_once, drafts))
+    assert len(names) == mixes
+    assert all({path.name for path in (tmp_path / model).iterdir()} == names for model in "ab")

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from deepseek.spec import InputError, build_dir, variables_for
 from deepseek.spec.checks import Table, first_error
-from deepseek.spec.files.folders import scratch_in, time_name
+from deepseek.spec.files.folders import alone_in, scratch_in, time_name
 from loadtests.results.histogram import Latency
 from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import Second, Stretch
@@ -158,5 +158,9 @@ def new_run(folder: Path) -> Iterator[Path]:
 
 def publish(*drafts: Path) -> list[Path]:
     """Moves complete drafts to their places, under one name. It is the time, so that names sort by age."""
-    name = time_name(*(draft.parent.parent for draft in drafts))
-    return [draft.rename(draft.parent.parent / name) for draft in drafts]
+    folders = {draft.parent.parent for draft in drafts}
+    with ExitStack() as stack:
+        for folder in sorted(folders):  # runs that end together must not take the same name
+            stack.enter_context(alone_in(folder))
+        name = time_name(*folders)
+        return [draft.rename(draft.parent.parent / name) for draft in drafts]
