@@ -32,19 +32,19 @@ def test_an_old_version_that_goes_does_not_reload_the_one_that_is_served(
     assert [change.versions for change in view.changes()] == [(5,)]
 
 
-@pytest.mark.parametrize("hidden", ["repository", "model"])
+@pytest.mark.parametrize("hidden", ["repository", "model", "configuration"])
 def test_what_cannot_be_read_for_a_while_keeps_serving(hidden: str, live: Path, tmp_path: Path) -> None:
     said: list[str] = []
     view = VerifiedRepository(live.parent, tmp_path / "view", said.append)
     view.fill()
     said.clear()
-    place = live.parent if hidden == "repository" else live
+    place = {"repository": live.parent, "model": live, "configuration": live / CONFIG}[hidden]
     away = place.rename(tmp_path / "away")
     if place == live:
         live.symlink_to(live)  # as unreadable as a folder of another user, also for root
     assert [*view.changes(), *view.changes()] == []
-    assert said == [f"warning   {live}: cannot be read; what is served keeps serving"]
-    live.unlink(missing_ok=True)
+    assert said == [f"warning   {live / CONFIG}: cannot be read; what is served keeps serving"]
+    place.unlink(missing_ok=True)
     away.rename(place)
     assert list(view.changes()) == []
     shutil.rmtree(live)

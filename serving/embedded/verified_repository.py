@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from google.protobuf import text_format
 
 from deepseek.spec import GateFailed, InputError
 from deepseek.spec.files.folders import SCRATCH
-from deepseek.spec.files.repository import CONFIG, model_folders
+from deepseek.spec.files.repository import CONFIG, model_folders, versions_of
 from serving.repository.checks import (
     Finding,
     check_layout,
@@ -111,7 +112,9 @@ class VerifiedRepository:
             return
         for name in self._stamps.keys() - models.keys():
             if not _is_gone(self.repository / name):
-                self._say_once(f"warning   {self.repository / name}: cannot be read; what is served keeps serving")
+                self._say_once(
+                    f"warning   {self.repository / name / CONFIG}: cannot be read; what is served keeps serving"
+                )
                 continue
             del self._stamps[name]
             if self._hide(name):
@@ -261,13 +264,15 @@ def _remove(path: Path) -> bool:
 
 
 def _is_gone(model: Path) -> bool:
-    """Whether a model left the repository; False if that cannot be seen, as on a network disk that does not answer."""
-    try:
-        (model / CONFIG).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return model.parent.is_dir()
-    except OSError:
-        pass
+    """Whether a model and its versions left the repository.
+
+    False if that cannot be seen, as on a network disk that does not answer.
+    """
+    with suppress(OSError):
+        try:
+            (model / CONFIG).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return model.parent.is_dir() and not versions_of(model)
     return False
 
 
