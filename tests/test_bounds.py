@@ -184,3 +184,10 @@ def test_a_service_slower_than_its_load_is_below_its_rate() -> None:
     _, high = completed_bounds(completed, planned, planned)
     assert high < 0.99
     assert np.isnan(completed_bounds(np.ones(1), np.ones(1), np.ones(1))).all()
+
+
+def test_a_rate_and_a_mean_have_no_negative_bound() -> None:
+    planned, completed = np.full(5, 100.0), np.array([98.0, 0.0, 0.0, 0.0, 0.0])  # the server died
+    low, high = completed_bounds(completed, completed, planned)
+    assert (low, ratio_bounds(completed, planned)[0]) == (0.0, 0.0)
+    assert high > 0.5

@@ -78,14 +78,17 @@ def _variance(residuals: np.ndarray) -> np.ndarray:
 
 
 def ratio_bounds(totals: np.ndarray, weights: np.ndarray, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Bounds of sum(totals) / sum(weights) by Student's t over the seconds with a weight; nan if fewer than two."""
+    """Bounds of sum(totals) / sum(weights), neither negative, by Student's t over the seconds with a weight.
+
+    They are nan with fewer than two such seconds.
+    """
     totals, weights = totals[weights > 0], weights[weights > 0]
     if len(totals) < 2:
         return math.nan, math.nan
     ratio = totals.sum() / weights.sum()
     error = math.sqrt(max(0.0, float(_variance(totals - ratio * weights)))) / weights.sum()
     half = float(stdtrit(len(totals) - 1, confidence)) * error
-    return float(ratio - half), float(ratio + half)
+    return max(0.0, float(ratio - half)), float(ratio + half)
 
 
 def completed_bounds(
@@ -109,7 +112,7 @@ def completed_bounds(
     in_flight = float(np.cumsum(answered - completed).var())
     half = float(stdtrit(len(planned) - 1, confidence)) * math.sqrt(lost + 2 * in_flight) / total
     ratio = completed.sum() / total
-    return float(ratio - half), float(ratio + half)
+    return max(0.0, float(ratio - half)), float(ratio + half)
 
 
 def more_requests(over: int, total: int, bounds: Bounds, limit: float, confidence: float) -> int | None:
