@@ -24,7 +24,7 @@ PARTS = {
     "cache": "Triton's response cache",
     "rest": "client, network and the rest",
 }
-UNKNOWN = "<p>Not available: the server did not answer at the end, or does not show Triton's statistics here.</p>"
+UNKNOWN = "<p>Not available: the server did not answer, was restarted, or does not show Triton's statistics here.</p>"
 
 
 def _rows(split: TimeSplit) -> list[tuple[str, float]]:
