@@ -167,12 +167,19 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
 
     ONNX Runtime's x86 kernels take unsigned activations. It converts signed pairs itself, except one that several
     products read: it runs those in fp32 and dequantizes their weights at every call.
+
+    Behind a Relu the zero point is 0, and 255 steps cover the range. QuantizeLinear then clips as the Relu does, so
+    ONNX Runtime drops the Relu. It computes a convolution in 8 bits only if QuantizeLinear follows directly.
     """
     copy = deepcopy(model)
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
-    zero = onnx.numpy_helper.from_array(np.array(128, np.uint8), "zero_point_of_unsigned_activations")
+    producers = producers_of(copy.graph)
+    zeros = {
+        zero: onnx.numpy_helper.from_array(np.array(zero, np.uint8), f"zero_point_{zero}_of_unsigned_activations")
+        for zero in (0, 128)
+    }
     signed = {
-        node.output[0]
+        node.output[0]: 0 if _is_positive(node.input[0], producers, tensors) else 128
         for node in copy.graph.node
         if node.op_type == "QuantizeLinear"
         and len(node.input) > 2
@@ -180,15 +187,37 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
         and not tensors[node.input[2]].dims  # per channel: a weight behind another node
     }
     for node in copy.graph.node:
-        if (node.op_type == "QuantizeLinear" and node.output[0] in signed) or (
-            node.op_type == "DequantizeLinear" and node.input[0] in signed
-        ):
-            node.input[2] = zero.name
+        between = {"QuantizeLinear": node.output[0], "DequantizeLinear": node.input[0]}.get(node.op_type)
+        if between in signed:
+            node.input[2] = zeros[signed[between]].name
+            if signed[between] == 0:
+                node.input[1] = _with_255_steps(copy.graph, tensors, node.input[1])
     for value in [value for value in copy.graph.value_info if value.name in signed]:
         copy.graph.value_info.remove(value)
-    copy.graph.initializer.append(zero)
+    copy.graph.initializer.extend(zeros.values())
     drop_unread(copy.graph)
     return copy
+
+
+def _is_positive(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a value comes from a Relu, or from a Clip at 0."""
+    node = producers.get(name)
+    while node is not None and node.op_type in ("MaxPool", *_CARRIERS):
+        node = producers.get(node.input[0])
+    if node is None or node.op_type != "Clip":
+        return node is not None and node.op_type == "Relu"
+    lowest = tensors.get(node.input[1]) if len(node.input) > 1 else None
+    return lowest is not None and bool(onnx.numpy_helper.to_array(lowest) >= 0)
+
+
+def _with_255_steps(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], scale: str) -> str:
+    """The name of a scale whose 255 steps above 0 cover what 127 of the given one cover."""
+    name = f"{scale}_of_255_steps"
+    if name not in tensors:
+        wide = onnx.numpy_helper.to_array(tensors[scale])
+        tensors[name] = onnx.numpy_helper.from_array(np.asarray(wide * 127 / 255, wide.dtype), name)
+        graph.initializer.append(tensors[name])
+    return name
 
 
 def share_equal_weights(model: onnx.ModelProto) -> None:
