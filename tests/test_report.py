@@ -13,7 +13,7 @@ import pytest
 
 from deepseek.spec import SloSpec
 from loadtests.report.curves import latency_over_time, percentiles, step_s, steps
-from loadtests.report.headline import TIMES
+from loadtests.report.headline import TIMES, figures
 from loadtests.report.run_page import Part, mix_page, page, write_report
 from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.search.capacity_result import Capacity, ServerSettings
@@ -161,6 +161,12 @@ def test_several_runs_are_overlaid(tmp_path: Path) -> None:
     assert f"10.1 ms {TIMES} 0.50" in text
     assert "rate_rps 100.0 100.5" in text  # the difference
     assert html.count('class="line runA"') == html.count('class="line runB"') == 3
+
+
+def test_runs_are_not_compared_by_a_percentile_of_too_few_requests(tmp_path: Path) -> None:
+    runs = [saved_run(tmp_path / name, steady(seconds)[:400]) for name, seconds in (("a", 0.02), ("b", 0.01))]
+    assert text_of(figures(runs)).startswith("p50 p95 p99 p99.9 answers/s failed A 20.1 ms 20.1 ms 20.1 ms - ")
+    assert f"10.1 ms {TIMES} 0.50 - " in text_of(figures(runs))
 
 
 def test_a_mix_is_judged_as_a_whole_and_part_by_part(parts: list[Part], pages: dict[str, str]) -> None:

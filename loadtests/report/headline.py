@@ -12,7 +12,7 @@ from deepseek.spec.objectives import KINDS, formatted
 from loadtests.figures import SUMMARY, ms
 from loadtests.report.page import sentence
 from loadtests.results.run import Run
-from loadtests.results.stretch import shown_percentile
+from loadtests.results.stretch import read_percentile, shown_percentile
 from loadtests.slo.judge import judge
 from loadtests.slo.objectives import JudgedObjective, SloStatus, SloVerdict
 
@@ -128,7 +128,7 @@ def figures(runs: Sequence[Run]) -> str:
 
 def _measures(run: Run) -> list[float]:
     latency = run.window.latency(run.judged)
-    return [*(latency.percentile_ms(percent) for percent in SUMMARY), run.window.throughput_rps]
+    return [*(read_percentile(latency, percent) for percent in SUMMARY), run.window.throughput_rps]
 
 
 def _ratio(value: float, first: float) -> str:

@@ -50,9 +50,14 @@ class Distribution:
         return float(self.counts @ VALUES_US / answered) / 1000 if answered else math.nan
 
 
+def read_percentile(latency: Distribution, percent: float) -> float:
+    """A percentile in ms; nan for fewer than 1 / (1 - p) requests, where it would only be the slowest."""
+    return latency.percentile_ms(percent) if latency.total * (100 - percent) >= 100 - 1e-6 else math.nan
+
+
 def shown_percentile(latency: Distribution, percent: float) -> str:
-    """A percentile as text; "-" for fewer than 1 / (1 - p) requests, where it would only be the slowest."""
-    return ms(latency.percentile_ms(percent)) if latency.total * (100 - percent) >= 100 - 1e-6 else "-"
+    """`read_percentile` as text; "-" for nan."""
+    return ms(read_percentile(latency, percent))
 
 
 @dataclass
