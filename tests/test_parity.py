@@ -24,13 +24,14 @@ from export.stages.publish import publish_version
 from export.stages.to_onnx import export_model
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, RunHere
-from tests.tiny_model import tiny
+from tests.tiny_model import FIXED, TOML, tiny
 
 TEXT = DeploymentSpec.load("tests/models/text")
 BODIES = {
     "seed": "return self.line(x)",
     "masked": "return torch.cat([x[:, :4].masked_fill(x[:, :4] < 0, -torch.inf), x[:, 4:].log()], 1)",
     "leaky": "return self.line(x) + x.mean(0)",
+    "fixed": "return self.line(x) + x.mean(0)",
 }
 Compare = Callable[..., dict[str, Any]]
 
@@ -75,7 +76,7 @@ def folder(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         for name, body in BODIES.items():
             with patch.context() as unchecked:  # otherwise the export refuses "leaky"
                 unchecked.setattr("export.stages.to_onnx.check_rows_independent", lambda *_: None)
-                export_model(tiny(models, name=name, body=body))
+                export_model(tiny(models, name=name, body=body, toml=FIXED if name == "fixed" else TOML))
         model = models / "seed" / "model.py"
         model.write_text(model.read_text().replace("manual_seed(0)", "manual_seed(1)"))  # retrained and not published
         copy_image(built, folder, "image8")
@@ -202,6 +203,10 @@ def test_rows_that_influence_one_another_are_found_when_triton_batches(compare: 
     assert verdicts(result, "batch 9") == {"holds"}  # the same batch leaks in PyTorch, too
     assert any("worst error" in verdict for verdict in verdicts(result, "small requests at once"))
     assert any("NaN" in verdict for verdict in verdicts(result, "rows beside NaN"))
+
+
+def test_rows_of_a_fixed_batch_may_influence_one_another(compare: Compare) -> None:
+    assert compare("fixed")["failures"] == []
 
 
 def test_a_wrong_model_exits_1_and_reports_the_first_failure(

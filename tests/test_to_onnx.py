@@ -127,6 +127,14 @@ def test_attention_with_a_bias_for_each_row_without_heads_in_windows_or_without_
     assert len(export_model(tiny(tmp_path, body=body))["checks"]) == 3
 
 
+def test_rows_of_a_batch_may_influence_one_another_if_it_is_one_request(tmp_path: Path) -> None:
+    body = "return self.line(x) - self.line(x).mean(0)"
+    export_model(tiny(tmp_path / "fixed", toml=FIXED, body=body))
+    joined = FIXED.replace("min = 4\nopt = 4\nmax = 4", "min = 2\nopt = 4\nmax = 8")
+    with pytest.raises(InputError, match=r"'y' of 2 row\(s\) alone is off by .* in a batch of 4"):
+        export_model(tiny(tmp_path / "joined", toml=joined, body=body))
+
+
 def test_a_constant_output_is_made_by_a_node_since_autocast_would_lose_it(tmp_path: Path) -> None:
     export_model(tiny(tmp_path, toml=FIXED, body="return self.line.weight[:4]"))
     graph = onnx.load(tmp_path / "build" / "tiny" / "fp32" / "model.onnx").graph
@@ -224,7 +232,7 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
         ("return torch.nn.functional.linear(x.bfloat16(), self.line.weight.bfloat16()).float()", r"model.py: ONNX Runtime cannot load it: .* let it use float32"),
         ("return self.line(x) + (x > 0).sort(1).values", r"model.py: the graph is not valid ONNX: .*TopK.* int32 in place of bool; see .*model.py:11$"),
         ("return self.line(torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 9))", r"model.py:11: cannot be exported: aten.fake_quantize_per_tensor_affine_cachemask.default$"),
-        ("return self.line(x) - self.line(x).mean(0)", r"'y' of a row alone is off by .* set \[axes.batch\] to min = opt"),
+        ("return self.line(x) - self.line(x).mean(0)", r"'y' of 1 row\(s\) alone is off by .* set \[axes.batch\] to min = opt"),
         ("return self.lime(x)", "model.py:11: .*AttributeError: 'Tiny' object has no attribute 'lime'"),
         ("return x, x", r"forward returned 2 value\(s\) .* names the outputs y"),
         ("return x.double()", r"output 'y': forward returned float64"),

@@ -215,24 +215,27 @@ def check_repeatable(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) 
 
 
 def check_rows_independent(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> None:
-    """Raises InputError if a row's outputs depend on its neighbours, which Triton takes from other callers.
+    """Raises InputError if the outputs of the smallest request depend on the rows that Triton adds from other callers.
 
     Compares only float outputs; integers may differ by a tie.
     """
-    together = run_torch(spec, model, inputs)
-    rows = len(next(iter(inputs.values())))
-    if rows == 1 or spec.axes[BATCH].min > 1:
+    rows, least = len(next(iter(inputs.values()))), spec.axes[BATCH].min
+    if rows < 2 * least:  # one request
         return
+    together = run_torch(spec, model, inputs)
     alone = join(
-        [run_torch(spec, model, {name: array[at : at + 1] for name, array in inputs.items()}) for at in range(rows)]
+        [
+            run_torch(spec, model, {name: array[start:end] for name, array in inputs.items()})
+            for start, end in itertools.pairwise([*range(0, rows - least + 1, least), rows])
+        ]
     )
     for name, value in alone.items():
         error = error_of(value, together[name])
         if value.dtype.kind == "f" and not error <= max(ROW_TOLERANCE, tolerance_of(spec, value)):
             raise InputError(
-                f"{model_py(spec)}: output {name!r} of a row alone is off by {error:.3g} from the same in a batch of "
-                f"{rows}: rows influence one another, but Triton batches requests of different callers; compute each "
-                "row by itself, or set [axes.batch] to min = opt = max = 1"
+                f"{model_py(spec)}: output {name!r} of {least} row(s) alone is off by {error:.3g} from the same in a "
+                f"batch of {rows}: rows influence one another, but Triton batches requests of different callers; "
+                "compute each row by itself, or set [axes.batch] to min = opt = max: each request is then one batch"
             )
 
 
