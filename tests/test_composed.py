@@ -14,6 +14,7 @@ import pytest
 from cli import demo, release
 from cli.main import values_of
 from cli.table import Command
+from deepseek.spec import InputError
 
 
 @pytest.fixture
@@ -79,6 +80,25 @@ def released(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 def test_a_release_updates_the_build_without_publishing_it(released: list[tuple[str, Any]]) -> None:
     release.main(values_of("release", "--model", "text", "--precision", "int8"))
     assert released == [("build", ("text", "int8", False)), ("release", "tensorrt")]
+
+
+def test_a_bad_option_of_a_release_is_refused_before_the_build(released: list[tuple[str, Any]]) -> None:
+    with pytest.raises(InputError, match="--requests 10: "):
+        release.main(values_of("release", "--model", "text", "--requests", "10"))
+    assert released == []
+
+
+def test_with_json_a_release_prints_only_its_result_to_standard_output(
+    released: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def build(options: argparse.Namespace, publish: bool) -> SimpleNamespace:
+        subprocess.run(["echo", "stage"], check=True)
+        return SimpleNamespace(target="onnxruntime")
+
+    monkeypatch.setattr(release, "build", build)
+    monkeypatch.setattr(release, "release", lambda options: print("result"))
+    release.main(values_of("release", "--model", "text", "--json"))
+    assert capfd.readouterr() == ("result\n", "stage\n")
 
 
 def test_a_release_of_another_repository_builds_nothing(released: list[tuple[str, Any]], tmp_path: Path) -> None:

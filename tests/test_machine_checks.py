@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from deepseek.spec import DeploymentSpec, FileDigest, InputError, PublishedManifest
+from deepseek.spec.command import stdout_to_stderr
 from deepseek.spec.files.measured_batches import BatchingPlan, BatchTime, MeasuredBatches
 from deepseek.spec.machine.cpu import Cpu
 from deepseek.spec.machine.gpus import Gpu
 from export.publishing.triton_config import config_text, model_config
-from export.runtimes.tensorrt_engine import engine_from_onnx, library_prints_to_stderr, tensorrt_module
+from export.runtimes.tensorrt_engine import engine_from_onnx, tensorrt_module
 from serving.doctor.machine import Machine
 from serving.embedded.flags import engine_flags
 from serving.embedded.wheel import parts
@@ -35,7 +36,7 @@ TRITONS = replace(CPU, gpus=(H100,), in_container=True, tensorrt="11.2.1")  # th
 def rtx_plan(built: Path) -> bytes:
     """A real plan: the fp16 graph of `image`, compiled ahead of time by TensorRT for RTX."""
     pytest.importorskip("tensorrt_rtx")
-    with library_prints_to_stderr():
+    with stdout_to_stderr():
         source = built / "build" / "image" / "fp16" / "model.onnx"
         plan, _ = engine_from_onnx(tensorrt_module("tensorrt_rtx"), source, IMAGE)
     return plan

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import cli.release
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, SloSpec
 from deepseek.spec.command import end_at_sigterm
@@ -133,8 +134,11 @@ def test_a_command_runs_in_the_build_folder_that_it_is_given(tmp_path: Path) -> 
     ],
     ids=lambda text: str(text).split(":")[0],
 )
-def test_bad_options_are_refused_before_the_first_gate(command: str, flags: str, said: str) -> None:
-    main = {"release": release.main, "rollback": rollback.main}[command]
+def test_bad_options_are_refused_before_the_first_gate(
+    command: str, flags: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.release.build", lambda *_, **__: Namespace(target="onnxruntime"))
+    main = {"release": cli.release.main, "rollback": rollback.main}[command]
     with pytest.raises(InputError, match=re.escape(said)):
         main(values_of(command, "--model", "text", "--models", "tests/models", *flags.split()))
 

@@ -58,6 +58,20 @@ def kept_for_json(as_json: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Also what libraries and processes write to file descriptor 1 goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def one_line(message: object) -> str:
     """Another library's message in one line without terminal codes: the beginning and the end of a long one."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(message)).split())

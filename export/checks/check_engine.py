@@ -20,13 +20,13 @@ from rich.table import Table
 
 from deepseek.precisions import PRECISIONS
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Precision, variables_for
+from deepseek.spec.command import stdout_to_stderr
 from export.artifact import Stopwatch, human_bytes, need, onnx_path, read_manifest, refusal
 from export.build import build_graphs
 from export.plan import Plan
 from export.runtimes.isolation import in_child
 from export.runtimes.tensorrt_engine import (
     engine_from_onnx,
-    library_prints_to_stderr,
     prove,
     tensorrt_module,
 )
@@ -55,7 +55,7 @@ def check(trt: Any, spec: DeploymentSpec, precision: Precision, *, asked: bool) 
 
 def _compiled(trt: Any, source: Path, spec: DeploymentSpec) -> tuple[int, dict[str, Any]]:
     """Size of the plan in bytes, and the layers of the network."""
-    with library_prints_to_stderr():
+    with stdout_to_stderr():
         plan, found = engine_from_onnx(trt, source, spec)
     return len(plan), found
 

@@ -8,12 +8,9 @@ TensorRT name used here: `tests/test_tensorrt_api.py`.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,19 +158,6 @@ def _one_line(reasons: list[str]) -> str:
     """The first three reasons, without the lines that TensorRT adds if it finds no GPU."""
     lines = [line for reason in reasons[:3] for line in reason.splitlines() if "catchCudaError" not in line]
     return " ".join("; ".join(lines).split())[:400] or "it gave no reason"
-
-
-@contextlib.contextmanager
-def library_prints_to_stderr() -> Iterator[None]:
-    """Redirects stdout to stderr: TensorRT writes some warnings to file descriptor 1, where our result belongs."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def weight_bytes(graph: Manifest) -> int:

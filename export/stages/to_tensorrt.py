@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, Precision, build_dir, variables_for
+from deepseek.spec.command import stdout_to_stderr
 from deepseek.spec.machine.gpus import gpus
 from export.artifact import (
     Stopwatch,
@@ -39,7 +40,6 @@ from export.runtimes.tensorrt_engine import (
     CompiledTarget,
     applied,
     engine_from_onnx,
-    library_prints_to_stderr,
     prove,
     tensorrt_module,
     weight_bytes,
@@ -71,7 +71,7 @@ def _build(trt: Any, spec: DeploymentSpec, precision: Precision, target: Compile
     source = onnx_path(spec.name, precision)
     graph = read_manifest(source)
     timing = build_dir(spec.name) / "tensorrt.timing" if applied(target, spec.tensorrt).get("timing_cache") else None
-    with log.status(f"{target} {trt.__version__}: building {precision} of {spec.name}"), library_prints_to_stderr():
+    with log.status(f"{target} {trt.__version__}: building {precision} of {spec.name}"), stdout_to_stderr():
         plan, found = engine_from_onnx(trt, source, spec, timing_cache=timing)
     weights = weight_bytes(graph)
     prove(precision, found, len(plan), graph, spec.tensorrt)

@@ -114,7 +114,8 @@ class Release:
             self.journal.write(step=f"retired {old}", state="holds", said="too old for a rollback")
 
 
-def _check(options: argparse.Namespace) -> None:
+def check_options(options: argparse.Namespace) -> None:
+    """Raises InputError for a bad option, before anything is built; finds the running stack's local port."""
     for name in ("rate", "duration_s", "threshold", "parity_rows", "start_timeout_s"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
@@ -127,7 +128,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    _check(options)
+    """Releases the build, or the candidate that is named; `check_options` has checked the options."""
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
     lines = spec.slo.all_objectives()
     if not (options.rate or spec.slo.rate_rps or any(line.rate_rps or line.kind == "throughput" for line in lines)):
