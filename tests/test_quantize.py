@@ -10,19 +10,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
 from export.artifact import refusal
 from export.precision.ptq import _forget_dims
-from export.precision.qdq import (
-    found_precision,
-    share_equal_weights,
-    with_8_bit_weights,
-    with_unsigned_activations,
-)
+from export.precision.qdq import found_precision, share_equal_weights
 from export.precision.sensitivity import output_error
 from export.rows import load_rows, save_rows
 from export.runtimes.batching import outputs_of
@@ -31,6 +25,7 @@ from export.stages import quantize
 from export.stages.quantize import prove, quantize_model
 from export.stages.to_onnx import export_model
 from tests.conftest import RunHere
+from tests.test_cpu_pairs import optimized
 from tests.test_sensitivity import small
 
 pytestmark = pytest.mark.server
@@ -209,47 +204,13 @@ def test_an_infinite_drop_is_null_in_the_report(copied: Path, monkeypatch: pytes
     assert json.loads(written, parse_constant=pytest.fail) == {"drop": None}
 
 
-def optimized(path: Path, folder: Path) -> onnx.GraphProto:
-    """The graph that ONNX Runtime runs."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return onnx.load(folder / "optimized.onnx").graph
-
-
-def test_every_int8_product_runs_in_integers_in_onnx_runtime(built: Path, tmp_path: Path) -> None:
-    graph = optimized(built / "build" / "text" / "int8" / "model.onnx", tmp_path)
+@pytest.mark.parametrize("model", ["text", "image"])
+def test_every_int8_product_runs_in_integers_in_onnx_runtime(model: str, built: Path, tmp_path: Path) -> None:
+    graph = optimized(built / "build" / model / "int8" / "model.onnx", tmp_path)
     constants = {tensor.name for tensor in graph.initializer}
     dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     assert dequantized == [], "weights dequantized at every call"
-    assert {"MatMulIntegerToFloat", "QLinearMatMul"} & {node.op_type for node in graph.node}
-
-
-@pytest.mark.parametrize("between", ["Relu (wide)", "Clip (wide, low, high)"], ids=["Relu", "ReLU6"])
-def test_a_convolution_between_two_pairs_runs_in_integers_and_its_relu_gets_all_steps(
-    tmp_path: Path, between: str
-) -> None:
-    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
-      g (float[2, 8, 4, 4] x) => (float[2, 8, 4, 4] y) <float low = {{0}}, float high = {{6}}, float s = {{0.04}}, int8 z = {{0}}> {{
-        x_q = QuantizeLinear (x, s, z)
-        x_d = DequantizeLinear (x_q, s, z)
-        w_q = QuantizeLinear (w, s, z)
-        w_d = DequantizeLinear (w_q, s, z)
-        wide = Conv (x_d, w_d)
-        cut = {between}
-        cut_q = QuantizeLinear (cut, s, z)
-        y = DequantizeLinear (cut_q, s, z)
-      }}""")
-    random = np.random.default_rng(0)
-    weight = np.rint(random.standard_normal((8, 8, 1, 1)) * 5).astype(np.float32) * np.float32(0.04)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
-    onnx.save(with_unsigned_activations(with_8_bit_weights(model)), tmp_path / "model.onnx")
-    assert "QLinearConv" in {node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node}
-    x = np.rint(random.standard_normal((2, 8, 4, 4)) * 20).astype(np.float32) * np.float32(0.04)
-    served = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": x})[0]
-    exact = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0], x).clip(0, 127 * 0.04)
-    assert np.abs(served - exact).max() <= 0.04 * 127 / 255 / 2 + 1e-5  # half a step of 255
+    assert {"MatMulIntegerToFloat", "QLinearConv"} & {node.op_type for node in graph.node}
 
 
 def test_dimension_names_that_modelopt_adds_are_removed() -> None:

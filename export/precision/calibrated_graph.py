@@ -24,13 +24,13 @@ from export.graphs.graph_file import save_graph
 from export.model_folder import Predict
 from export.precision.calibration import Calibration
 from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
+from export.precision.cpu_pairs import pair_convolution_outputs, with_unsigned_activations
 from export.precision.ptq import qdq_from_onnx
 from export.precision.qdq import (
     keep_residuals_wide,
     use_one_scale_a_tensor,
     use_wide_activations,
     with_8_bit_weights,
-    with_unsigned_activations,
 )
 from export.precision.sensitivity import output_error
 from export.rows import Row
@@ -79,9 +79,11 @@ class UnpublishedGraphs:
 def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
     """The graph to publish: weights stored at 8 bits, activations unsigned for ONNX Runtime on a CPU."""
     model = with_8_bit_weights(model)
-    if config.precision == "int8" and config.high_precision == "fp32":
-        model = with_unsigned_activations(model)
-    return model
+    return with_unsigned_activations(model) if _on_cpu(config) else model
+
+
+def _on_cpu(config: QuantConfig) -> bool:
+    return config.precision == "int8" and config.high_precision == "fp32"
 
 
 def copied(spec: DeploymentSpec, folder: Path) -> Path:
@@ -126,11 +128,13 @@ def calibrate(
     Falls back to max if entropy cannot count an activation's range. ModelOpt calibrates once, by max; entropy ranges
     are put into its graph, so that errors, curve and graph use the same ranges.
     """
-    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches)
+    points, growth = ranges_by_samples(copied(spec, work / "ranges"), calibration.batches, convolutions=_on_cpu(config))
     by_max = qdq_from_onnx(
         copied(spec, work / "max"), dataclasses.replace(config, calibration_method="max"), calibration
     )
     keep_residuals_wide(by_max)
+    if _on_cpu(config):
+        pair_convolution_outputs(by_max, points["max"][max(points["max"])])
     if not config.per_channel:
         use_one_scale_a_tensor(by_max)
     if config.weight_only:

@@ -66,13 +66,17 @@ class ActivationRanges:
         return {name: float(max(abs(low), abs(high))) for name, (low, high, *_) in found.items()}
 
 
-def ranges_by_samples(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, Points], float]:
+def ranges_by_samples(
+    path: Path, batches: Iterable[Row], *, convolutions: bool = False
+) -> tuple[dict[Method, Points], float]:
     """Ranges after 8, 16, 32, ... and all samples, by method; and the growth.
+
+    They are of the activations that compute operators read, and of the outputs of `convolutions`.
 
     Past `MOST_GROWTH`, entropy is left out: it would take too long. `path` is the fp32 graph; a copy of it
     is written beside it, so that external weights are found.
     """
-    activations, ranges, seen, due = _activations(path), ActivationRanges(), 0, FIRST
+    activations, ranges, seen, due = _activations(path, convolutions), ActivationRanges(), 0, FIRST
     points: dict[Method, Points] = {"max": {}, "entropy": {}}
     batches = list(batches)
     for batch in batches:
@@ -87,11 +91,12 @@ def ranges_by_samples(path: Path, batches: Iterable[Row]) -> tuple[dict[Method, 
     return points, ranges.growth
 
 
-def _activations(path: Path) -> Callable[[Row], Row]:
+def _activations(path: Path, convolutions: bool) -> Callable[[Row], Row]:
     """A function from inputs to the float activations that compute operators read, including graph inputs."""
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     read = {name for node in graph.node if node.op_type in COMPUTE_OPS for name in node.input[:2]}
+    read |= {node.output[0] for node in graph.node if node.op_type == "Conv" and convolutions}
     made = producers_of(graph)
     graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in sorted(read & made.keys() - {value.name for value in graph.output})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import onnx
 from export.graphs.graph_file import tensor_bytes
 
 COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
-_CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and its layer
+CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and its layer
 _WORTH_SHARING_BYTES = 256
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _FLOAT_TYPES: dict[int, str] = {
@@ -43,14 +43,14 @@ def quantized_layers(model: onnx.ModelProto) -> dict[str, str]:
     return {
         node.name: node.op_type
         for node in model.graph.node
-        if node.op_type in COMPUTE_OPS and any(_pair(name, producers)[1] for name in node.input[:2])
+        if node.op_type in COMPUTE_OPS and any(pair_before(name, producers)[1] for name in node.input[:2])
     }
 
 
-def _pair(name: str, producers: Producers) -> tuple[list[onnx.NodeProto], onnx.NodeProto | None]:
+def pair_before(name: str, producers: Producers) -> tuple[list[onnx.NodeProto], onnx.NodeProto | None]:
     """The carriers before an operand, last first, and the DequantizeLinear before them (None if there is none)."""
     carriers, node = [], producers.get(name)
-    while node is not None and node.op_type in _CARRIERS:
+    while node is not None and node.op_type in CARRIERS:
         carriers.append(node)
         node = producers.get(node.input[0])
     return carriers, node if node is not None and node.op_type == "DequantizeLinear" else None
@@ -63,13 +63,17 @@ def with_high(model: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProt
     for node in copy.graph.node:
         if node.name in layers:
             for place, name in enumerate(node.input[:2]):
-                carriers, dequantize = _pair(name, producers)
+                carriers, dequantize = pair_before(name, producers)
                 if dequantize is not None:
                     source = producers[dequantize.input[0]].input[0]
                     nodes += _copied(carriers[::-1], source, f"{node.name}_high_{place}")
                     node.input[place] = nodes[-1].output[0] if carriers else source
         nodes.append(node)
-    _replace_nodes(copy.graph, nodes)
+    replace_nodes(copy.graph, nodes)
+    outputs = {node.output[0] for node in copy.graph.node if node.name in layers and node.op_type == "Conv"}
+    _read_wide(  # the pairs of `pair_convolution_outputs`
+        copy.graph, lambda node, value: value in outputs and node.op_type not in (*COMPUTE_OPS, *CARRIERS)
+    )
     drop_unread(copy.graph)
     return copy
 
@@ -86,7 +90,7 @@ def _copied(carriers: Iterable[onnx.NodeProto], source: str, prefix: str) -> lis
     return copies
 
 
-def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
     kept = [deepcopy(node) for node in nodes]  # copied first: clearing the field frees its nodes
     del graph.node[:]
     graph.node.extend(kept)
@@ -115,10 +119,10 @@ def drop_unread(graph: onnx.GraphProto) -> None:
     """Removes the pairs, carriers and initializers that nothing reads."""
     while True:
         read = _read(graph)
-        kept = [node for node in graph.node if node.op_type not in (*_PAIR, *_CARRIERS) or read & set(node.output)]
+        kept = [node for node in graph.node if node.op_type not in (*_PAIR, *CARRIERS) or read & set(node.output)]
         if len(kept) == len(graph.node):
             break
-        _replace_nodes(graph, kept)
+        replace_nodes(graph, kept)
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
         graph.initializer.remove(tensor)
 
@@ -151,73 +155,20 @@ def keep_residuals_wide(model: onnx.ModelProto) -> None:
 
     A residual then loses no precision, and ONNX Runtime fuses the pair into the product, its only reader.
     """
-    producers = producers_of(model.graph)
-    for node in model.graph.node:
-        for place, name in enumerate(node.input if node.op_type == "Add" else ()):
-            dequantize = producers.get(name)
-            if dequantize is not None and dequantize.op_type == "DequantizeLinear":
-                quantize = producers.get(dequantize.input[0])
-                if quantize is not None and quantize.op_type == "QuantizeLinear":
-                    node.input[place] = quantize.input[0]
+    _read_wide(model.graph, lambda node, _: node.op_type == "Add")
     drop_unread(model.graph)
 
 
-def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose int8 activations are uint8 with a zero point of 128: the same steps, the same values.
-
-    ONNX Runtime's x86 kernels take unsigned activations. It converts signed pairs itself, except one that several
-    products read: it runs those in fp32 and dequantizes their weights at every call.
-
-    Behind a Relu the zero point is 0, and 255 steps cover the range. QuantizeLinear then clips as the Relu does, so
-    ONNX Runtime drops the Relu. It computes a convolution in 8 bits only if QuantizeLinear follows directly.
-    """
-    copy = deepcopy(model)
-    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
-    producers = producers_of(copy.graph)
-    zeros = {
-        zero: onnx.numpy_helper.from_array(np.array(zero, np.uint8), f"zero_point_{zero}_of_unsigned_activations")
-        for zero in (0, 128)
-    }
-    signed = {
-        node.output[0]: 0 if _is_positive(node.input[0], producers, tensors) else 128
-        for node in copy.graph.node
-        if node.op_type == "QuantizeLinear"
-        and len(node.input) > 2
-        and tensors[node.input[2]].data_type == onnx.TensorProto.INT8
-        and not tensors[node.input[2]].dims  # per channel: a weight behind another node
-    }
-    for node in copy.graph.node:
-        between = {"QuantizeLinear": node.output[0], "DequantizeLinear": node.input[0]}.get(node.op_type)
-        if between in signed:
-            node.input[2] = zeros[signed[between]].name
-            if signed[between] == 0:
-                node.input[1] = _with_255_steps(copy.graph, tensors, node.input[1])
-    for value in [value for value in copy.graph.value_info if value.name in signed]:
-        copy.graph.value_info.remove(value)
-    copy.graph.initializer.extend(zeros.values())
-    drop_unread(copy.graph)
-    return copy
-
-
-def _is_positive(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> bool:
-    """Whether a value comes from a Relu, or from a Clip at 0."""
-    node = producers.get(name)
-    while node is not None and node.op_type in ("MaxPool", *_CARRIERS):
-        node = producers.get(node.input[0])
-    if node is None or node.op_type != "Clip":
-        return node is not None and node.op_type == "Relu"
-    lowest = tensors.get(node.input[1]) if len(node.input) > 1 else None
-    return lowest is not None and bool(onnx.numpy_helper.to_array(lowest) >= 0)
-
-
-def _with_255_steps(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], scale: str) -> str:
-    """The name of a scale whose 255 steps above 0 cover what 127 of the given one cover."""
-    name = f"{scale}_of_255_steps"
-    if name not in tensors:
-        wide = onnx.numpy_helper.to_array(tensors[scale])
-        tensors[name] = onnx.numpy_helper.from_array(np.asarray(wide * 127 / 255, wide.dtype), name)
-        graph.initializer.append(tensors[name])
-    return name
+def _read_wide(graph: onnx.GraphProto, reads: Callable[[onnx.NodeProto, str], bool]) -> None:
+    """Where `reads(node, value)`, the node reads the value from before its Q/DQ pair."""
+    producers = producers_of(graph)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            dequantize = producers.get(name)
+            if dequantize is not None and dequantize.op_type == "DequantizeLinear":
+                quantize = producers.get(dequantize.input[0])
+                if quantize is not None and quantize.op_type == "QuantizeLinear" and reads(node, quantize.input[0]):
+                    node.input[place] = quantize.input[0]
 
 
 def share_equal_weights(model: onnx.ModelProto) -> None:
@@ -268,7 +219,7 @@ def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
             copy.graph.initializer.append(onnx.numpy_helper.from_array(values, node.output[0]))
         else:
             kept.append(node)
-    _replace_nodes(copy.graph, kept)
+    replace_nodes(copy.graph, kept)
     drop_unread(copy.graph)
     return copy
 
@@ -318,7 +269,7 @@ def _compute_type(node: onnx.NodeProto, producers: Producers, types: Mapping[str
 
     `int8_weights` if only a weight, stored at 8 bits, has one.
     """
-    first, second = (_pair(name, producers)[1] for name in node.input[:2])
+    first, second = (pair_before(name, producers)[1] for name in node.input[:2])
     if second is not None and (first is not None or second.input[0] not in producers):
         narrow = "fp8" if types.get(second.input[2]) == onnx.TensorProto.FLOAT8E4M3FN else "int8"
         return narrow if first is not None else f"{narrow}_weights"

@@ -1,0 +1,138 @@
+"""Shapes the Q/DQ pairs of int8 so that ONNX Runtime computes in 8 bits on a CPU.
+
+ONNX Runtime runs a convolution in 8 bits only between two pairs, and a product only on unsigned activations. Otherwise
+it computes in fp32 and dequantizes the weights at every call, which is slower than the fp32 graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import numpy as np
+import onnx
+
+from export.precision.qdq import CARRIERS, Producers, drop_unread, pair_before, producers_of, replace_nodes
+
+
+def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]) -> None:
+    """Gives the output of each quantized convolution a pair, if a node reads it wide.
+
+    ModelOpt leaves it wide before an addition or a concatenation, as TensorRT wants it. `ranges`: the magnitude that
+    127 represents, by output.
+    """
+    graph, producers, readers = model.graph, producers_of(model.graph), _readers_of(model.graph)
+    quantized = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "Conv" and all(pair_before(name, producers)[1] is not None for name in node.input[:2])
+    }
+    pairs = {
+        output: _existing_pair(output, readers) or _new_pair(graph, output, ranges[output])
+        for output in sorted(quantized - {value.name for value in graph.output})
+        if ranges.get(output) and _is_read_wide(output, readers)
+    }
+    moved = {node.output[0] for pair in pairs.values() for node in pair}
+    narrow, nodes = {output: pair[1].output[0] for output, pair in pairs.items()}, []
+    for node in graph.node:
+        if node.output[0] not in moved:
+            node.input[:] = [narrow.get(name, name) for name in node.input]
+            nodes += [node, *pairs.get(node.output[0], ())]
+    replace_nodes(graph, nodes)
+
+
+def _readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _is_read_wide(output: str, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
+    """Whether anything but one QuantizeLinear reads the output, which may stand behind a Relu or a Clip."""
+    found = readers.get(output, [])
+    if len(found) == 1 and found[0].op_type in ("Relu", "Clip"):
+        found = readers.get(found[0].output[0], [])
+    return [node.op_type for node in found] != ["QuantizeLinear"]
+
+
+def _existing_pair(
+    output: str, readers: Mapping[str, list[onnx.NodeProto]]
+) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
+    for quantize in readers[output]:
+        if quantize.op_type == "QuantizeLinear":
+            return quantize, readers[quantize.output[0]][0]
+    return None
+
+
+def _new_pair(graph: onnx.GraphProto, value: str, magnitude: float) -> tuple[onnx.NodeProto, onnx.NodeProto]:
+    """A pair with ModelOpt's names, in which 127 represents the magnitude."""
+    scale, zero = f"{value}_scale", f"{value}_zero_point"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(magnitude / 127, np.float32), scale))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.int8), zero))
+    quantize, dequantize = (f"{value}_{operator}" for operator in ("QuantizeLinear", "DequantizeLinear"))
+    return (
+        onnx.helper.make_node("QuantizeLinear", [value, scale, zero], [f"{quantize}_Output"], name=quantize),
+        onnx.helper.make_node(
+            "DequantizeLinear", [f"{quantize}_Output", scale, zero], [f"{dequantize}_Output"], name=dequantize
+        ),
+    )
+
+
+def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose int8 activations are uint8 with a zero point of 128: the same steps, the same values.
+
+    ONNX Runtime's x86 kernels take unsigned activations. It converts signed pairs itself, except one that several
+    products read: it runs those in fp32 and dequantizes their weights at every call.
+
+    Behind a Relu the zero point is 0, and 255 steps cover the range. QuantizeLinear then clips as the Relu does, so
+    ONNX Runtime drops the Relu. It computes a convolution in 8 bits only if QuantizeLinear follows directly.
+    """
+    copy = deepcopy(model)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    producers = producers_of(copy.graph)
+    zeros = {
+        zero: onnx.numpy_helper.from_array(np.array(zero, np.uint8), f"zero_point_{zero}_of_unsigned_activations")
+        for zero in (0, 128)
+    }
+    signed = {
+        node.output[0]: 0 if _is_positive(node.input[0], producers, tensors) else 128
+        for node in copy.graph.node
+        if node.op_type == "QuantizeLinear"
+        and len(node.input) > 2
+        and tensors[node.input[2]].data_type == onnx.TensorProto.INT8
+        and not tensors[node.input[2]].dims  # per channel: a weight behind another node
+    }
+    for node in copy.graph.node:
+        between = {"QuantizeLinear": node.output[0], "DequantizeLinear": node.input[0]}.get(node.op_type)
+        if between in signed:
+            node.input[2] = zeros[signed[between]].name
+            if signed[between] == 0:
+                node.input[1] = _with_255_steps(copy.graph, tensors, node.input[1])
+    for value in [value for value in copy.graph.value_info if value.name in signed]:
+        copy.graph.value_info.remove(value)
+    copy.graph.initializer.extend(zeros.values())
+    drop_unread(copy.graph)
+    return copy
+
+
+def _is_positive(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a value comes from a Relu, or from a Clip at 0."""
+    node = producers.get(name)
+    while node is not None and node.op_type in ("MaxPool", *CARRIERS):
+        node = producers.get(node.input[0])
+    if node is None or node.op_type != "Clip":
+        return node is not None and node.op_type == "Relu"
+    lowest = tensors.get(node.input[1]) if len(node.input) > 1 else None
+    return lowest is not None and bool(onnx.numpy_helper.to_array(lowest) >= 0)
+
+
+def _with_255_steps(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], scale: str) -> str:
+    """The name of a scale whose 255 steps above 0 cover what 127 of the given one cover."""
+    name = f"{scale}_of_255_steps"
+    if name not in tensors:
+        wide = onnx.numpy_helper.to_array(tensors[scale])
+        tensors[name] = onnx.numpy_helper.from_array(np.asarray(wide * 127 / 255, wide.dtype), name)
+        graph.initializer.append(tensors[name])
+    return name

@@ -1,0 +1,103 @@
+"""Q/DQ pairs for ONNX Runtime on a CPU: convolutions run in 8 bits, also behind a Relu and before an addition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from export.precision.cpu_pairs import pair_convolution_outputs, with_unsigned_activations
+from export.precision.qdq import with_8_bit_weights, with_high
+
+STEP = np.float32(0.04)
+
+
+def optimized(path: Path, folder: Path) -> onnx.GraphProto:
+    """The graph that ONNX Runtime runs."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnx.load(folder / "optimized.onnx").graph
+
+
+def pair(name: str) -> str:
+    """The pair of a value: `<name>_q` between, `<name>_d` behind it."""
+    return f"{name}_q = QuantizeLinear ({name}, s, z) {name}_d = DequantizeLinear ({name}_q, s, z)"
+
+
+def quantized(nodes: str, weights: int = 1) -> onnx.ModelProto:
+    """A graph from x to y, each (2, 8, 4, 4), with a pair of x and of each weight w0, w1, ..."""
+    names = [f"w{number}" for number in range(weights)]
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
+      g (float[2, 8, 4, 4] x) => (float[2, 8, 4, 4] y)
+      <float low = {{0}}, float high = {{6}}, float s = {{{STEP}}}, int8 z = {{0}}> {{
+        {" ".join(map(pair, ["x", *names]))} {nodes}
+      }}""")
+    random = np.random.default_rng(0)
+    for node in model.graph.node:
+        node.name = node.output[0]
+    for name in names:
+        weight = np.rint(random.standard_normal((8, 8, 1, 1)) * 5).astype(np.float32) * STEP
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    return model
+
+
+def served(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The operators that ONNX Runtime runs, and y."""
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(with_unsigned_activations(with_8_bit_weights(model)), folder / "model.onnx")
+    operators = [node.op_type for node in optimized(folder / "model.onnx", folder).node]
+    return operators, onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"x": x})[0]
+
+
+def steps(shape: tuple[int, ...], most: int = 20) -> np.ndarray:
+    return np.rint(np.random.default_rng(1).standard_normal(shape) * most).astype(np.float32) * STEP
+
+
+@pytest.mark.parametrize("between", ["Relu (wide)", "Clip (wide, low, high)"], ids=["Relu", "ReLU6"])
+def test_a_convolution_between_two_pairs_runs_in_integers_and_its_relu_gets_all_steps(
+    tmp_path: Path, between: str
+) -> None:
+    model, x = quantized(f"wide = Conv (x_d, w0_d) r = {between} {pair('r')} y = Identity (r_d)"), steps((2, 8, 4, 4))
+    weight = onnx.numpy_helper.to_array(model.graph.initializer[-1])
+    operators, y = served(model, tmp_path, x)
+    assert "QLinearConv" in operators
+    exact = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0], x).clip(0, 127 * STEP)
+    assert np.abs(y - exact).max() <= STEP * 127 / 255 / 2 + 1e-5  # half a step of 255
+
+
+RANGES = {"first": 8.0, "second": 20.0, "third": 99.0}
+
+
+def block(kept: str) -> onnx.ModelProto:
+    """A residual block: `kept`, "first" or its Relu "r", is read by a product and by the addition."""
+    return quantized(
+        f"""first = Conv (x_d, w0_d) r = Relu (first) {pair(kept)} second = Conv ({kept}_d, w1_d)
+        sum = Add (second, {kept}) {pair("sum")} third = Conv (sum_d, w2_d) y = Sigmoid (third)""",
+        weights=3,
+    )
+
+
+@pytest.mark.parametrize("kept", ["r", "first"])
+def test_convolutions_before_an_addition_or_another_operator_run_in_integers(tmp_path: Path, kept: str) -> None:
+    model, x = block(kept), steps((2, 8, 4, 4), most=5)
+    before, wide = served(model, tmp_path, x)
+    assert before.count("QLinearConv") == 0
+    pair_convolution_outputs(model, RANGES)
+    after, y = served(model, tmp_path, x)
+    assert after.count("QLinearConv") == 3
+    assert np.abs(y - wide).mean() < 0.05
+
+
+def test_a_convolution_that_keeps_the_high_precision_has_no_pair_behind_it() -> None:
+    model = block("r")
+    pair_convolution_outputs(model, RANGES)
+    high = with_high(model, ["second"])
+    assert [node.input[0] for node in high.graph.node if node.op_type == "Add"] == ["second"]
+    assert [node.input[0] for node in high.graph.node if node.op_type == "QuantizeLinear"] == [
+        *("x", "w0", "w2", "first", "sum", "third")
+    ]
