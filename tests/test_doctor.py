@@ -18,7 +18,7 @@ from deepseek.spec import InputError
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
-from serving.stack.env_file import CPU_FILES, GPU_FILES
+from serving.stack.env_settings import CPU_FILES, GPU_FILES
 from tests.conftest import RunHere, write_add_one
 from tests.test_embedded import damage
 
@@ -228,3 +228,8 @@ def test_a_model_or_repository_that_is_not_there_is_one_line(
         examine(repository, CPU, model="nosuch")
     run = run_here("doctor", "--repository", str(tmp_path / "nosuch"))
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+
+
+def test_it_imports_no_package_that_the_images_lack() -> None:
+    seen = "import sys, serving.doctor.doctor; print({'cryptography', 'onnx', 'torch'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True).stdout == "set()\n"

@@ -23,7 +23,7 @@ from serving.release.journal import ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options, needs_restart
 from serving.release.steps import StepRunner, refresh_stack
 from serving.release.versions import newest, previous_intact
-from serving.stack.env_file import running_gateway
+from serving.stack.env_settings import running_gateway
 
 
 class Rollback:

@@ -6,15 +6,13 @@ Contract: lines that a user wrote stay below ours; comments in the file show the
 from __future__ import annotations
 
 import argparse
-import contextlib
-import re
-import socket
 from pathlib import Path
 
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.image_tag import image_tag
 from serving.repository.served_models import MIB, ServedModel
 from serving.stack.certificate import STAND_IN, name_of, owner
+from serving.stack.env_settings import CPU_FILES, GPU_FILES
 from serving.stack.gateway_folder import observe_folder, results_folder
 from serving.stack.gateway_limits import BODY_IN_MEMORY, GATEWAY_FILES_MIB, GATEWAY_MIB, gateway_sizes
 from serving.stack.server_sizes import REST_S, SHM_MIB, server_sizes
@@ -22,7 +20,6 @@ from serving.stack.server_sizes import REST_S, SHM_MIB, server_sizes
 WRITTEN = "# Written by make engine (deepseek stack)"
 MARK = "# Yours: "
 OWN = f"{MARK}settings below this line are kept, and override those above."
-CPU_FILES, GPU_FILES = "compose.yaml", "compose.yaml:docker/compose.gpu.yaml"
 OPENAI_FILE, CLOSED_FILE = ":docker/compose.openai.yaml", ":docker/compose.closed.yaml"
 
 
@@ -101,27 +98,3 @@ def _own_lines(env_file: Path) -> str:
     lines = env_file.read_text(encoding="utf-8").splitlines(keepends=True)
     ours = next((number for number, line in enumerate(lines, 1) if line.startswith(MARK)), 0)
     return "".join(lines[ours:])
-
-
-def setting_before(path: Path, name: str) -> str:
-    """The value of a variable in the env file, as Compose reads it; "" if it is not set there."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    value = r"""(?:'([^'\n]*)'|"([^"\n]*)"|(.*?))"""
-    found = re.findall(rf"^[ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*{value}[ \t]*(?:[ \t]#.*)?$", text, re.MULTILINE)
-    return "".join(found[-1]) if found else ""
-
-
-def gpu_stack_tag(path: Path) -> str:
-    """The release of NVIDIA's Triton in the env file of a stack with a GPU, whose engines need it; "" for another."""
-    on_gpu = setting_before(path, "COMPOSE_FILE").startswith(GPU_FILES)
-    return setting_before(path, "TRITON_TAG") if on_gpu else ""
-
-
-def running_gateway(repository: Path, env_file: Path) -> str:
-    """host:port of the stack's gateway if the env file's stack serves this repository and something listens there."""
-    served, port = (setting_before(env_file, name) for name in ("STACK_REPOSITORY", "GATEWAY_PORT"))
-    if not port.isdecimal() or Path(served) != repository.resolve():
-        return ""
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), timeout=5):
-        return f"localhost:{port}"
-    return ""

@@ -21,7 +21,8 @@ from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.observe.alerts import RUNBOOK
 from serving.repository.served_models import ServedModel, served_models
 from serving.stack.certificate import give
-from serving.stack.env_file import environment, gpu_stack_tag, setting_before, write_env_file
+from serving.stack.env_file import environment, write_env_file
+from serving.stack.env_settings import gpu_stack_tag, setting_before
 from serving.stack.gateway_folder import ensure_folder, gateway_folder, observe_folder, results_folder, source_file
 from serving.stack.refresh import folders_of, source_of, write_limits, write_observed, write_settings
 
