@@ -62,7 +62,8 @@ def test_modules_that_look_at_values_and_operators_of_our_own_are_exported_witho
 ) -> None:
     bags = {name: f"torch.nn.functional.{bag}" for name, bag in BAGS.items()}
     midnight = "((x * 999).long() + 20000) * 86400 - 1"  # seconds; float32 takes it for the next day
-    setup = f"ids = {ids}.clamp(max=7); midnight = {midnight}; stft = partial(torch.stft, return_complex=True)"
+    setup = f"ids = {ids}.clamp(max=7); midnight = {midnight}"
+    setup += "; stft = partial(torch.stft, return_complex=True)" if more else ""
     body = f"{setup}; return {', '.join((bags | more).values())}"
     source = tiny(
         tmp_path, toml=with_outputs(*bags, *more), body=body, code=f"from functools import partial\n{ENCODER}"
