@@ -30,11 +30,11 @@ def pair(name: str) -> str:
 
 
 def quantized(nodes: str, weights: int = 1) -> onnx.ModelProto:
-    """A graph from x to y, each (2, 8, 4, 4), with a pair of x and of each weight w0, w1, ..."""
+    """A graph from x to y (both 2, 8, 4, 4), with pairs of x and of the weights w0, w1, ..."""
     names = [f"w{number}" for number in range(weights)]
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
       g (float[2, 8, 4, 4] x) => (float[2, 8, 4, 4] y)
-      <float low = {{0}}, float high = {{6}}, float s = {{{STEP}}}, int8 z = {{0}}> {{
+      <float least = {{-1}}, float low = {{0}}, float high = {{6}}, float s = {{{STEP}}}, int8 z = {{0}}> {{
         {" ".join(map(pair, ["x", *names]))} {nodes}
       }}""")
     random = np.random.default_rng(0)
@@ -91,6 +91,12 @@ def test_convolutions_before_an_addition_or_another_operator_run_in_integers(tmp
     after, y = served(model, tmp_path, x)
     assert after.count("QLinearConv") == 3
     assert np.abs(y - wide).mean() < 0.05
+
+
+def test_a_convolution_before_a_clip_that_onnx_runtime_keeps_runs_in_integers(tmp_path: Path) -> None:
+    model = quantized(f"first = Conv (x_d, w0_d) r = Clip (first, least, high) {pair('r')} y = Identity (r_d)")
+    pair_convolution_outputs(model, RANGES)
+    assert "QLinearConv" in served(model, tmp_path, steps((2, 8, 4, 4)))[0]
 
 
 def test_a_convolution_that_keeps_the_high_precision_has_no_pair_behind_it() -> None:

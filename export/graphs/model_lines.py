@@ -31,7 +31,7 @@ def untranslated_line(folder: Path, error: BaseException) -> str:
 
 @contextlib.contextmanager
 def with_line(lines: Mapping[str, str]) -> Iterator[None]:
-    """Adds to an error that names a node of the graph the line that it comes from."""
+    """If an error names a node of the graph, adds the line of model.py behind it."""
     try:
         yield
     except (GateFailed, InputError) as error:

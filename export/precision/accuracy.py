@@ -292,7 +292,7 @@ def _check_repeats(source: ModelFolder, predict: Predict, metric: str, found: Ev
 
 
 def _check_larger_is_better(source: ModelFolder, predict: Predict, metric: str, own: float) -> None:
-    """Raises InputError if the metric, `own` as it is, becomes clearly larger when rows get other rows' outputs."""
+    """Raises InputError if rows that get other rows' outputs have a metric clearly above `own`."""
     dealt: list[float] = []
     for distance in DISTANCES:  # the first is usually enough
         try:

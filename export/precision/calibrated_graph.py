@@ -83,6 +83,7 @@ def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
 
 
 def _on_cpu(config: QuantConfig) -> bool:
+    """Whether ONNX Runtime runs the graph on a CPU; beside int8, other targets have fp16."""
     return config.precision == "int8" and config.high_precision == "fp32"
 
 

@@ -71,7 +71,7 @@ def ranges_by_samples(
 ) -> tuple[dict[Method, Points], float]:
     """Ranges after 8, 16, 32, ... and all samples, by method; and the growth.
 
-    They are of the activations that compute operators read, and of the outputs of `convolutions`.
+    They are of the activations that compute operators read; with `convolutions`, also of what convolutions return.
 
     Past `MOST_GROWTH`, entropy is left out: it would take too long. `path` is the fp32 graph; a copy of it
     is written beside it, so that external weights are found.
@@ -92,11 +92,12 @@ def ranges_by_samples(
 
 
 def _activations(path: Path, convolutions: bool) -> Callable[[Row], Row]:
-    """A function from inputs to the float activations that compute operators read, including graph inputs."""
+    """A function from inputs to the activations of `ranges_by_samples`, including graph inputs."""
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     read = {name for node in graph.node if node.op_type in COMPUTE_OPS for name in node.input[:2]}
-    read |= {node.output[0] for node in graph.node if node.op_type == "Conv" and convolutions}
+    if convolutions:
+        read |= {node.output[0] for node in graph.node if node.op_type == "Conv"}
     made = producers_of(graph)
     graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in sorted(read & made.keys() - {value.name for value in graph.output})

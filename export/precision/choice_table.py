@@ -56,7 +56,7 @@ def _table(result: dict[str, Any]) -> Table:
 
 
 def _about_rows(result: dict[str, Any]) -> Iterator[str]:
-    """What the table's intervals and rows are."""
+    """Lines about the table's intervals and rows."""
     metric, variants = result["metric"], result["variants"]
     confidence = next((each["judgement"]["confidence"] for each in variants.values()), None)
     if confidence is not None:

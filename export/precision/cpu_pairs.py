@@ -22,6 +22,14 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
     127 represents, by output.
     """
     graph, producers, readers = model.graph, producers_of(model.graph), _readers_of(model.graph)
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def is_read_wide(output: str) -> bool:
+        found = readers.get(output, [])
+        if len(found) == 1 and _is_positive(found[0].output[0], producers, tensors):  # ONNX Runtime drops the Relu
+            found = readers.get(found[0].output[0], [])
+        return [node.op_type for node in found] != ["QuantizeLinear"]
+
     quantized = {
         node.output[0]
         for node in graph.node
@@ -30,7 +38,7 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
     pairs = {
         output: _existing_pair(output, readers) or _new_pair(graph, output, ranges[output])
         for output in sorted(quantized - {value.name for value in graph.output})
-        if ranges.get(output) and _is_read_wide(output, readers)
+        if ranges.get(output) and is_read_wide(output)
     }
     moved = {node.output[0] for pair in pairs.values() for node in pair}
     narrow, nodes = {output: pair[1].output[0] for output, pair in pairs.items()}, []
@@ -47,14 +55,6 @@ def _readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     return readers
-
-
-def _is_read_wide(output: str, readers: Mapping[str, list[onnx.NodeProto]]) -> bool:
-    """Whether anything but one QuantizeLinear reads the output, which may stand behind a Relu or a Clip."""
-    found = readers.get(output, [])
-    if len(found) == 1 and found[0].op_type in ("Relu", "Clip"):
-        found = readers.get(found[0].output[0], [])
-    return [node.op_type for node in found] != ["QuantizeLinear"]
 
 
 def _existing_pair(
@@ -129,7 +129,7 @@ def _is_positive(name: str, producers: Producers, tensors: Mapping[str, onnx.Ten
 
 
 def _with_255_steps(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], scale: str) -> str:
-    """The name of a scale whose 255 steps above 0 cover what 127 of the given one cover."""
+    """The name of the scale with 255 steps above 0 over the range of the given one."""
     name = f"{scale}_of_255_steps"
     if name not in tensors:
         wide = onnx.numpy_helper.to_array(tensors[scale])

@@ -118,7 +118,7 @@ class _Comparison:
     refused: dict[str, str] = field(default_factory=dict)
     """Why a candidate could not be made or compared."""
     predictors: dict[Precision, Predict] = field(default_factory=dict)
-    """Of the variants that were compared."""
+    """By variant that was compared."""
 
     @functools.cached_property
     def module(self) -> Any:
@@ -163,7 +163,7 @@ class _Comparison:
         return variants
 
     def _accuracy(self, name: Precision, predict: Predict) -> dict[str, Any]:
-        """The accuracy of a variant, the metrics of PyTorch (both may come from the cache), and the variant's size."""
+        """Accuracy and size of a variant, with PyTorch's metrics. All but the size may come from the cache."""
         spec = self.source.spec
 
         def measure() -> dict[str, Any]:
