@@ -46,8 +46,8 @@ def settings(folder: Path, **changed: Any) -> QuantConfig:
 
 
 def layers(path: Path) -> list[str]:
-    """Names of the matrix products."""
-    return [node.name for node in onnx.load(path).graph.node if node.op_type == "MatMul"]
+    """Names of the products with weights."""
+    return [node.name for node in onnx.load(path).graph.node if node.op_type == "Gemm"]
 
 
 def test_each_graph_has_the_precision_that_was_asked_for(built: Path) -> None:
@@ -55,7 +55,8 @@ def test_each_graph_has_the_precision_that_was_asked_for(built: Path) -> None:
         fp16 = found_precision(built / "build" / model / "fp16" / "model.onnx")
         assert fp16["compute_operators"] == {"fp16": layers}
         int8 = found_precision(built / "build" / model / "int8" / "model.onnx")
-        assert int8["compute_operators"]["int8"] >= layers - 1
+        wide = 2 if model == "text" else 0  # the products of attention, on a CPU
+        assert int8["compute_operators"]["int8"] >= layers - wide - 1
         assert int8["weight_bytes"]["int8"] > 1000
 
 
@@ -86,12 +87,12 @@ def test_a_graph_that_stayed_fp32_fails_the_proof(built: Path) -> None:
 
 
 def test_a_pattern_is_not_a_prefix(copied: Path) -> None:
-    """ModelOpt matches prefixes: node_MatMul_4 would also keep node_MatMul_41 and _47 high."""
+    """ModelOpt matches prefixes: node_MatMul_5 would also keep node_MatMul_54 high."""
     with pytest.raises(InputError, match=r"keep_high: 'nosuch' matches no node; names are for example"):
         quantize_model(TEXT, settings(copied, keep_high=("nosuch",)))
     nodes = sorted(layers(copied / "text" / "int8" / "model.onnx"))
     result = quantize_model(TEXT, settings(copied, keep_high=(f"^{nodes[0]}$",)))
-    assert result["found"]["compute_operators"] == {"int8": 3, "fp32": 1}
+    assert result["found"]["compute_operators"] == {"int8": 1, "fp32": 3}
 
 
 def test_one_scale_per_tensor_shows_in_the_graph_and_in_the_outputs(copied: Path) -> None:
@@ -210,7 +211,7 @@ def test_every_int8_product_runs_in_integers_in_onnx_runtime(model: str, built: 
     constants = {tensor.name for tensor in graph.initializer}
     dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     assert dequantized == [], "weights dequantized at every call"
-    assert {"MatMulIntegerToFloat", "QLinearConv"} & {node.op_type for node in graph.node}
+    assert {"QGemm", "QLinearConv"} & {node.op_type for node in graph.node}
 
 
 def test_dimension_names_that_modelopt_adds_are_removed() -> None:

@@ -25,6 +25,7 @@ from export.model_folder import Predict
 from export.precision.calibration import Calibration
 from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
 from export.precision.cpu_pairs import pair_convolution_outputs, with_unsigned_activations
+from export.precision.cpu_products import with_biases_inside, with_wide_attention
 from export.precision.ptq import qdq_from_onnx
 from export.precision.qdq import (
     keep_residuals_wide,
@@ -77,9 +78,9 @@ class UnpublishedGraphs:
 
 
 def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
-    """The graph to publish: weights stored at 8 bits, activations unsigned for ONNX Runtime on a CPU."""
+    """The graph to publish: weights stored at 8 bits, in the form that ONNX Runtime computes in integers on a CPU."""
     model = with_8_bit_weights(model)
-    return with_unsigned_activations(model) if _on_cpu(config) else model
+    return with_biases_inside(with_unsigned_activations(model)) if _on_cpu(config) else model
 
 
 def _on_cpu(config: QuantConfig) -> bool:
@@ -136,6 +137,7 @@ def calibrate(
     keep_residuals_wide(by_max)
     if _on_cpu(config):
         pair_convolution_outputs(by_max, points["max"][max(points["max"])])
+        by_max = with_wide_attention(by_max)
     if not config.per_channel:
         use_one_scale_a_tensor(by_max)
     if config.weight_only:

@@ -12,7 +12,7 @@ from copy import deepcopy
 import numpy as np
 import onnx
 
-from export.precision.qdq import CARRIERS, Producers, drop_unread, pair_before, producers_of, replace_nodes
+from export.precision.qdq import CARRIERS, Producers, drop_unread, pair_before, producers_of, replace_nodes, subgraphs
 
 
 def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]) -> None:
@@ -21,7 +21,7 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
     ModelOpt leaves it wide before an addition or a concatenation, as TensorRT wants it. `ranges`: the magnitude that
     127 represents, by output.
     """
-    graph, producers, readers = model.graph, producers_of(model.graph), _readers_of(model.graph)
+    graph, producers, readers = model.graph, producers_of(model.graph), readers_of(model.graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
 
     def is_read_wide(output: str) -> bool:
@@ -49,11 +49,15 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
     replace_nodes(graph, nodes)
 
 
-def _readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each value, by the value's name; for a subgraph, the nodes inside."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
+        for subgraph in subgraphs(node):
+            for name, inside in readers_of(subgraph).items():
+                readers.setdefault(name, []).extend(inside)
     return readers
 
 

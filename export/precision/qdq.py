@@ -101,12 +101,12 @@ def _read(graph: onnx.GraphProto) -> set[str]:
     names = {value.name for value in graph.output}
     for node in graph.node:
         names.update(node.input)
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             names |= _read(subgraph)
     return names
 
 
-def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     """The branches or the body of a control-flow node."""
     return [
         graph
@@ -188,7 +188,7 @@ def share_equal_weights(model: onnx.ModelProto) -> None:
 def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
-        for subgraph in _subgraphs(node):
+        for subgraph in subgraphs(node):
             _read_instead(subgraph, names)
 
 
@@ -255,11 +255,13 @@ def found_precision(path: Path) -> dict[str, Any]:
     readers = Counter(name for node in model.graph.node for name in node.input)
     copies = sum(tensor_bytes(tensor) * max(readers[tensor.name], 1) for tensor in model.graph.initializer)
     found = {"compute_operators": dict(counts), "weight_bytes": dict(weights), "bytes_by_reader": copies}
-    dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     scales = Counter(
-        "per_channel" if dims.get(node.input[1]) else "per_tensor"
+        "per_channel" if tensors[node.input[1]].dims else "per_tensor"
         for node in model.graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in dims
+        if node.op_type == "DequantizeLinear"
+        and (weight := tensors.get(node.input[0])) is not None
+        and weight.data_type != onnx.TensorProto.INT32  # a bias
     )
     return found | ({"weight_scales": dict(scales)} if scales else {})
 

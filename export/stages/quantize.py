@@ -59,7 +59,7 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
         operators = f"{', '.join(COMPUTE_OPS[:-1])} or {COMPUTE_OPS[-1]}"
         if not counts:
             raise GateFailed(f"the graph has no {operators} to run in {config.precision}")
-        why = "be too small to gain (ModelOpt skips sizes under 16)"
+        why = "be too small to gain (ModelOpt skips sizes under 16), multiply two activations (wide on a CPU)"
         if config.precision == "fp16":
             why = "have values too large for it on calibration rows"
         raise GateFailed(

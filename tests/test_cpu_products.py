@@ -1,0 +1,119 @@
+"""Products for ONNX Runtime on a CPU: those with a bias run in integers as one operator, those of attention stay wide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from export.precision.cpu_pairs import with_unsigned_activations
+from export.precision.cpu_products import with_biases_inside, with_wide_attention
+from export.precision.qdq import with_8_bit_weights
+from tests.test_cpu_pairs import STEP, optimized, pair, steps
+
+INPUTS, OUTPUTS = 8, 6
+
+
+def graph(nodes: str, *, shape: str = "2, 3, 8", transposed: bool = False) -> onnx.ModelProto:
+    """A graph from x to y, with pairs of x and of the weight w; b is a bias."""
+    axes = ", ".join(f"axis_{place}" for place in range(len(shape.split(","))))
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
+      g (float[{shape}] x) => (float[{axes}] y)
+      <float s = {{{STEP}}}, float low = {{0}}, int8 z = {{0}}> {{ {pair("x")} {pair("w")} {nodes} }}""")
+    for node in model.graph.node:
+        node.name = node.output[0]
+    random = np.random.default_rng(0)
+    weight = np.rint(random.standard_normal((INPUTS, OUTPUTS)) * 20).astype(np.float32) * STEP
+    tensors = {"w": weight.T if transposed else weight, "b": random.standard_normal(OUTPUTS).astype(np.float32)}
+    tensors["column"] = random.standard_normal((3, 1)).astype(np.float32)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in tensors.items())
+    return model
+
+
+def run(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> np.ndarray:
+    onnx.save(model, folder / "model.onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def wide(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph without pairs."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    source = {node.output[0]: node.input[0] for node in copy.graph.node if node.op_type.endswith("eLinear")}
+    kept = [node for node in copy.graph.node if node.output[0] not in source]
+    for node in kept:
+        for place, name in enumerate(node.input):
+            while name in source:
+                name = source[name]
+            node.input[place] = name
+    del copy.graph.node[:]
+    copy.graph.node.extend(kept)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings"),
+    [
+        ("p = MatMul (x_d, w_d) y = Add (p, b)", {}),
+        ("p = MatMul (x_d, w_d) y = Add (b, p)", {}),
+        ("p = MatMul (x_d, w_d) y = Add (p, b)", {"shape": "3, 8"}),
+        ("p = MatMul (x_d, w_d) y = Add (p, b)", {"shape": "2, 2, 3, 8"}),
+        ("p = MatMul (x_d, w_d) q = Add (p, b) y = Gelu (q)", {}),
+        ("y = Gemm (x_d, w_d, b)", {"shape": "3, 8"}),
+        ("y = Gemm <transB = 1> (x_d, w_d, b)", {"shape": "3, 8", "transposed": True}),
+        ("p = Gemm (x_d, w_d, b) y = Gelu (p)", {"shape": "3, 8"}),
+        ("p = Gemm (x_d, w_d, b) y = Sigmoid (p)", {"shape": "3, 8"}),
+        *(
+            (f"p = Gemm (x_d, w_d, b) r = {activation} {pair('r')} {last}", {"shape": "3, 8"})
+            for activation in ("Relu (p)", "Clip (p, low)", "LeakyRelu (p)", "Tanh (p)")
+            for last in ("y = Identity (r_d)", "y = Mul (r, r_d)")
+        ),
+    ],
+)
+def test_a_product_and_its_bias_run_in_integers(tmp_path: Path, nodes: str, settings: dict) -> None:
+    model = graph(nodes, **settings)
+    x = steps(tuple(map(int, settings.get("shape", "2, 3, 8").split(","))))
+    made = with_biases_inside(with_unsigned_activations(with_8_bit_weights(model)))
+    onnx.checker.check_model(made, full_check=True)
+    y = run(made, tmp_path, x)
+    operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
+    assert "QGemm" in operators
+    assert "Add" not in operators
+    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=STEP / 2 + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings"),
+    [
+        ("p = MatMul (x_d, w_d) y = Add (p, column)", {}),  # not one value for each output
+        ("p = MatMul (x_d, w_d) q = Add (p, b) r = Relu (p) y = Add (q, r)", {}),  # read without the bias too
+        ("p = MatMul (x_d, w_d) y = Add (p, p)", {}),
+        ("p = MatMul (x, w_d) y = Add (p, b)", {}),  # not in 8 bits
+        ("y = Gemm <beta = 2.0> (x_d, w_d, b)", {"shape": "3, 8"}),
+        ("y = Gemm <transA = 1> (x_d, w_d, b)", {"shape": "8, 3"}),
+    ],
+)
+def test_other_sums_stay_as_they_are(nodes: str, settings: dict) -> None:
+    model = with_8_bit_weights(graph(nodes, **settings))
+    assert with_biases_inside(model).graph.node == model.graph.node
+
+
+def test_a_bias_too_large_for_the_steps_of_its_product_stays_wide() -> None:
+    model = graph("y = Gemm (x_d, w_d, b)", shape="3, 8")
+    model.graph.initializer[-2].CopyFrom(onnx.numpy_helper.from_array(np.full(OUTPUTS, 1e8, np.float32), "b"))
+    model = with_8_bit_weights(model)
+    assert with_biases_inside(model).graph.node == model.graph.node
+
+
+def test_a_product_of_two_activations_reads_wide_values_and_one_of_weights_its_pair() -> None:
+    attention = f"""k = MatMul (x_d, w_d) {pair("k")} t = Transpose <perm = [0, 2, 1]> (k_d)
+        p = MatMul (k_d, t) {pair("p")} y = MatMul (p_d, k_d)"""
+    made = {node.name: node for node in with_wide_attention(graph(attention)).graph.node}
+    assert made["y"].input == ["p", "k"]
+    assert made["p"].input[0] == "k"
+    assert made["k"].input == ["x_d", "w_d"]
+    assert "k_d" not in made
