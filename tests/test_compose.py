@@ -23,7 +23,7 @@ from deepseek.spec import DeploymentSpec
 from loadtests.load.child_process import free_ports
 from loadtests.results.settings import LoadSettings
 from loadtests.search.local_server import local_server
-from loadtests.search.stack_server import stack_command
+from loadtests.search.stack_command import stack_command
 from serving.release.versions import move_in, stage
 from serving.stack.api_keys import new_key
 from serving.stack.refresh import refresh

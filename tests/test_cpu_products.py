@@ -83,7 +83,7 @@ def test_a_product_and_its_bias_run_in_integers(tmp_path: Path, nodes: str, sett
     operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
     assert "QGemm" in operators
     assert "Add" not in operators
-    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=STEP / 2 + 1e-3)
+    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=float(STEP) / 2 + 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from serving.release.journal import ReleaseJournal, exclusive
 from serving.release.live_server import MOST_RPS, LiveServer, check_live_options
 from serving.release.release import Release
 from serving.release.rollback import Rollback
-from serving.release.steps import Skipped, StepRunner
+from serving.release.step_runner import Skipped, StepRunner
 from serving.release.versions import newest
 from tests.test_switch_over_load import sent_at
 

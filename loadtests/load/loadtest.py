@@ -23,7 +23,6 @@ from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
 from deepseek.spec.command import end_at_sigterm
-from loadtests.figures import SUMMARY
 from loadtests.load.endpoint import endpoint_of, inputs_of
 from loadtests.load.inputs import count_rows
 from loadtests.load.measure import ModelLoad, measure_together, work_for
@@ -31,6 +30,7 @@ from loadtests.load.preflight import check
 from loadtests.load.replay import plan_of, rows_in, with_replay
 from loadtests.load.traffic_file import read_traffic
 from loadtests.load.until_decided import measure_until_decided, planned_looks
+from loadtests.percentiles import SUMMARY
 from loadtests.results.histogram import Latency
 from loadtests.results.mixes import Mix, models_of
 from loadtests.results.run import Run

@@ -15,7 +15,7 @@ import numpy as np
 
 from deepseek.spec import SloSpec
 from deepseek.svg_chart import Chart, Scale, up_to
-from loadtests.figures import ALL, ms
+from loadtests.percentiles import ALL, ms
 from loadtests.report.headline import LETTERS, names_of
 from loadtests.results.histogram import Latency
 from loadtests.results.run import Run

@@ -9,7 +9,7 @@ from html import escape
 
 from deepseek.spec import SloSpec
 from deepseek.spec.objectives import KINDS, formatted
-from loadtests.figures import SUMMARY, ms
+from loadtests.percentiles import SUMMARY, ms
 from loadtests.report.page import sentence
 from loadtests.results.run import Run
 from loadtests.results.stretch import read_percentile, shown_percentile

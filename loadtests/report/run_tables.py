@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from deepseek.svg_chart import stacked_bar
-from loadtests.figures import ALL, SUMMARY, ms
+from loadtests.percentiles import ALL, SUMMARY, ms
 from loadtests.report.curves import curves
 from loadtests.report.headline import names_of
 from loadtests.report.page import facts, machine_facts, numbers, sentence, utc

@@ -13,7 +13,7 @@ from html import escape
 from deepseek.spec import ExitCode
 from deepseek.spec.objectives import p99_limits
 from deepseek.svg_chart import Chart, Point
-from loadtests.figures import ms
+from loadtests.percentiles import ms
 from loadtests.report.curves import scale_of
 from loadtests.report.page import card, document, facts, grid, machine_facts, numbers, sentence, utc
 from loadtests.search.capacity_result import Capacity

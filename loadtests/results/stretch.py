@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from hdrh.histogram import HdrHistogram
 
-from loadtests.figures import ms
+from loadtests.percentiles import ms
 from loadtests.results.histogram import KINDS, VALUES_US, Latency
 from loadtests.results.settings import LoadSettings
 

@@ -23,9 +23,9 @@ from rich.text import Text
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, SloSpec, build_dir
 from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import write_whole
-from loadtests.figures import ms
 from loadtests.load.endpoint import endpoint_of, inputs_of
 from loadtests.load.preflight import check
+from loadtests.percentiles import ms
 from loadtests.report.searches import capacity_page
 from loadtests.results.settings import LoadSettings
 from loadtests.search.capacity_result import Capacity, ServerSettings, capacity_path

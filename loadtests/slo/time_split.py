@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from loadtests.figures import ms
+from loadtests.percentiles import ms
 from loadtests.results.run import Run
 
 SPLIT = ("queue", "compute_input", "compute_infer", "compute_output")  # the parts of a request's time in Triton

@@ -31,7 +31,7 @@ from serving.embedded.launcher import EmbeddedServer, check_repository
 from serving.release.gate_commands import CommandResult, run_json
 from serving.release.journal import ReleaseJournal
 from serving.release.stack_server import StackServer, needs_stack, stack_server
-from serving.release.steps import Skipped
+from serving.release.step_runner import Skipped
 from serving.release.versions import copy_version, newest, same_as, stage
 from serving.repository.checks import MANIFEST
 

@@ -31,7 +31,7 @@ from serving.release.history import finish
 from serving.release.journal import Outcome, ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options
 from serving.release.stack_server import check_stack, needs_stack
-from serving.release.steps import StepRunner, refresh_stack
+from serving.release.step_runner import StepRunner, refresh_stack
 from serving.release.versions import beside_repository, move_in, newest, retire
 from serving.repository.checks import MANIFEST
 

@@ -21,7 +21,7 @@ from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options, needs_restart
-from serving.release.steps import StepRunner, refresh_stack
+from serving.release.step_runner import StepRunner, refresh_stack
 from serving.release.versions import newest, previous_intact
 from serving.stack.env_settings import running_gateway
 

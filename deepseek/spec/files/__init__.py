@@ -1,4 +1,5 @@
-"""Files on disk: atomic writes and locked folders, manifests, a model's versions, the records of its releases.
+"""Files on disk: atomic writes and locked folders, manifests, measured batches and the batching that
+follows, a model's versions, the records of its releases.
 
 Enter: each module, from every room. Imports: `deepseek.spec`.
 """
