@@ -10,7 +10,7 @@ import `deepseek.precisions` and `deepseek.targets`.
 | `checks`, `keys`, `show_spec` | one-line errors; all keys; the command |
 | `command`, `children` | errors and exit codes of every command; child processes that end with their parent |
 | `metric_windows` | Prometheus rate windows, and the buckets of a histogram |
-| `files/` | atomic writes, locked folders, manifests, measured batches and the batching that follows, versions, releases |
+| `files/` | atomic writes, locked folders, manifests, measured batches and what follows, versions, releases |
 | `machine/` | this machine's CPU and GPUs, tags of NVIDIA's containers |
 """
 
