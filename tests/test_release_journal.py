@@ -191,8 +191,15 @@ def test_a_server_that_came_up_during_the_gates_is_not_switched_unwatched(
         Release(candidate, LiveServer(options=args, version=None, absent="nothing listens")).switch()
 
 
-def test_a_second_sigterm_does_not_stop_the_taking_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """make and timeout send it twice."""
+def test_a_second_sigterm_does_not_stop_the_taking_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """make and timeout send it twice. A server that needs a restart to serve the old version is named."""
+
+    def back(live: LiveServer, version: int) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "none: restart it"
+
     model = tmp_path / "text"
     for version in ("1", "2"):
         (model / version).mkdir(parents=True)
@@ -207,7 +214,7 @@ def test_a_second_sigterm_does_not_stop_the_taking_back(tmp_path: Path, monkeypa
     monkeypatch.setattr(release_, "_steady", lambda stack: load)
     monkeypatch.setattr(release, "beside_repository", lambda *_: nullcontext())
     monkeypatch.setattr(release, "move_in", lambda *_, before: None)
-    monkeypatch.setattr(LiveServer, "back", lambda live, version: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(LiveServer, "back", back)
     before = signal.getsignal(signal.SIGTERM)
     end_at_sigterm()
     try:
@@ -217,6 +224,7 @@ def test_a_second_sigterm_does_not_stop_the_taking_back(tmp_path: Path, monkeypa
         signal.signal(signal.SIGTERM, before)
     assert newest(model) == 1
     assert [line.get("step") for line in journal.lines[-1:]] == ["taken back"]
+    assert capsys.readouterr().err == "note: none: restart it\n"
 
 
 def test_a_rollback_waits_for_a_server_that_hangs(hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +263,21 @@ def test_failures_of_the_old_version_do_not_count_against_the_new_one(
             live.judged(found, 2, failing=failing)
     else:
         assert said in live.judged(found, 2, failing=failing)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (None, "the server at 127.0.0.1:9 does not answer any more"),
+        (1, "the server at 127.0.0.1:9 still had version 1 after 60 s: it refused version 2"),
+    ],
+)
+def test_a_server_that_died_at_the_switch_is_told_from_one_that_refuses(version: int | None, said: str) -> None:
+    live = LiveServer(options=live_options("127.0.0.1:9", switch_s=60), version=1)
+    found = {"version": version, **result_of(RequestLog([*BUSY, LOST]), 1, None)}
+    failures = "; 1 of 4 requests failed since the change (1 times: ConnectionLost: y)"
+    with pytest.raises(GateFailed, match=f"^{re.escape(said)}.*{re.escape(failures)}$"):
+        live.judged(found, 2)
 
 
 def test_a_rollback_starts_even_while_requests_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

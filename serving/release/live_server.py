@@ -121,24 +121,31 @@ class LiveServer:
 
         With `failing`, the old version failed requests too: only failures after the switch count.
         """
-        if found["switched_s"] is None:
-            raise GateFailed(
-                f"the server at {self.url} still had version {found['version']} after {self.options.switch_s:g} s: it "
-                "refused the new one (its log says why), or does not follow the repository (make serve POLL_S=2, or "
-                "the stack on a CPU)"
-            )
         lost = found["since_seen"] if failing else found
+        failures = ""
         if lost["failed"]:
             error, times = next(iter(lost["errors"].items()))
             since = "after the switch" if failing else "since the change"
-            raise GateFailed(
-                f"{lost['failed']} of {found['requests']} requests failed {since} ({times} times: {error})"
-            )
+            failures = f"{lost['failed']} of {found['requests']} requests failed {since} ({times} times: {error})"
+        if found["switched_s"] is None:
+            raise GateFailed("; ".join(filter(None, (self.not_switched(found, number), failures))))
+        if failures:
+            raise GateFailed(failures)
         before, around = (_ms(found[part]["p99_ms"]) for part in ("before", "around"))
         fate = f"{found['failed']} failed before the switch, none after it" if failing else "none failed"
         return (
             f"version {number} after {found['switched_s']:.1f} s; {found['requests']} requests, {fate}; "
             f"p99 {around} around the switch, {before} before it"
+        )
+
+    def not_switched(self, found: dict[str, Any], number: int) -> str:
+        """Why the load did not see version `number`; `found` has the version that the server reported at the end."""
+        if found["version"] is None:
+            return f"the server at {self.url} does not answer any more: it ended or hangs (its log says why)"
+        return (
+            f"the server at {self.url} still had version {found['version']} after {self.options.switch_s:g} s: it "
+            f"refused version {number} (its log says why), or does not follow the repository (make serve POLL_S=2, or "
+            "the stack on a CPU)"
         )
 
     def back(self, version: int, timeout_s: float = 30) -> str:

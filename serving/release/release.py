@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -105,7 +106,10 @@ class Release:
         ours, there = (place / MANIFEST for place in (self.journal.folder, self.model / str(self.number)))
         if self.before is not None and there.is_file() and there.read_bytes() == ours.read_bytes():
             self.journal.withdraw(self.model, self.number, back_to=self.before, outcome="refused")
-            self.journal.write(step="taken back", state="holds", said=self.live.back(self.before))
+            said = self.live.back(self.before)
+            self.journal.write(step="taken back", state="holds", said=said)
+            if "serves" not in said:
+                print(f"note: {said}", file=sys.stderr, flush=True)
 
     def _settle(self, outcome: Outcome) -> None:
         """Records the outcome and removes versions too old for a rollback."""

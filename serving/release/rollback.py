@@ -65,8 +65,8 @@ class Rollback:
         self.journal.keep("switch.json", found)
         if found["switched_s"] is None:
             raise GateFailed(
-                f"the repository is back at version {self.back_to}, but the server at {self.live.url} still has "
-                f"{found['version']}: it does not follow the repository; restart it"
+                f"the repository is back at version {self.back_to}, but "
+                f"{self.live.not_switched(found, self.back_to)}; restart it"
             )
         return self.live.judged(found, self.back_to, failing=found["failed_before"] > 0)
 
