@@ -217,8 +217,8 @@ KEYS = {key: (table, line) for table in TABLES.values() for line in table.lines 
 README = (
     (
         "What does Triton cost? MiniLM served, over the fastest raw ONNX Runtime session",
-        "{served apart: minilm fp32 over raw} of its throughput with 32 requests in flight: too many for one core, most are refused. "
-        "{served apart: minilm fp32 of 1 s over raw} with `p99_ms = 1000`",
+        "{served apart: minilm fp32 over raw} of its throughput with 32 requests in flight: too many for one core, so most are refused. "
+        "{served apart: minilm fp32 of 1 s over raw} if the SLO allows 1 s",
     ),
     (
         "What does INT8 give? MiniLM, batch 8, over FP32",
