@@ -62,7 +62,7 @@ class TextSpec(Table):
     """Sizes that callers of `/v1/embeddings` may ask for besides the model's own: the first numbers of each vector,
     scaled to length 1. For models trained with such sizes (Matryoshka)."""
     prompts: dict[str, str] = {}
-    """Beginnings of texts by name, such as `{ query = "query: " }`. Callers name one as
+    """Prefixes of texts by name, such as `{ query = "query: " }`. Callers name one as
     `prompt_name`: over KServe v2 as a parameter of the request, in `/v1/embeddings` and `/similarity` as a field."""
     default_prompt: str | None = None
     """The prompt for callers of `/v1/embeddings` and `/similarity` that name none; absent: texts stay unchanged."""
