@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from export.precision.cpu_pairs import with_unsigned_activations
-from export.precision.cpu_products import with_biases_inside, with_wide_attention
+from export.precision.cpu_products import with_biases_inside, with_readers_apart, with_wide_attention
 from export.precision.qdq import with_8_bit_weights
 from tests.test_cpu_pairs import STEP, optimized, pair, steps
 
@@ -22,7 +22,7 @@ def graph(nodes: str, *, shape: str = "2, 3, 8", transposed: bool = False) -> on
     axes = ", ".join(f"axis_{place}" for place in range(len(shape.split(","))))
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
       g (float[{shape}] x) => (float[{axes}] y)
-      <float s = {{{STEP}}}, float low = {{0}}, int8 z = {{0}}> {{ {pair("x")} {pair("w")} {nodes} }}""")
+      <float s = {{{STEP}}}, float least = {{-1}}, float low = {{0}}, float high = {{1}}, int8 z = {{0}}> {{ {pair("x")} {pair("w")} {nodes} }}""")
     for node in model.graph.node:
         node.name = node.output[0]
     random = np.random.default_rng(0)
@@ -84,6 +84,29 @@ def test_a_product_and_its_bias_run_in_integers(tmp_path: Path, nodes: str, sett
     assert "QGemm" in operators
     assert "Add" not in operators
     np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=float(STEP) / 2 + 1e-3)
+
+
+@pytest.mark.parametrize("product", ["Gemm (x_d, w_d, b)", "MatMul (x_d, w_d)"])
+@pytest.mark.parametrize(
+    "readers",
+    [
+        f"{pair('p')} y = Add (p, p_d)",
+        f"{pair('p')} m = Neg (p) n = Neg (p_d) y = Max (m, n)",
+        "r = Relu (p) y = Neg (r)",
+        "r = Clip (p, low) y = Neg (r)",
+        f"r = Clip (p, least, high) {pair('r')} y = Neg (r_d)",
+        "r = LeakyRelu (p) y = Neg (r)",
+        "y = Relu (p)",
+    ],
+)
+def test_a_product_runs_in_integers_whatever_reads_it(tmp_path: Path, product: str, readers: str) -> None:
+    model, x = graph(f"p = {product} {readers}", shape="3, 8"), steps((3, 8))
+    made = with_readers_apart(with_biases_inside(with_unsigned_activations(with_8_bit_weights(model))))
+    onnx.checker.check_model(made, full_check=True)
+    y = run(made, tmp_path, x)
+    operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
+    assert {"QGemm", "MatMulIntegerToFloat", "QLinearMatMul"} & set(operators), operators
+    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=STEP / 2 + 1e-3)
 
 
 @pytest.mark.parametrize(

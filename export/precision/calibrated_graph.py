@@ -25,7 +25,7 @@ from export.model_folder import Predict
 from export.precision.calibration import Calibration
 from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
 from export.precision.cpu_pairs import pair_convolution_outputs, with_unsigned_activations
-from export.precision.cpu_products import with_biases_inside, with_wide_attention
+from export.precision.cpu_products import with_biases_inside, with_readers_apart, with_wide_attention
 from export.precision.ptq import qdq_from_onnx
 from export.precision.qdq import (
     keep_residuals_wide,
@@ -80,7 +80,9 @@ class UnpublishedGraphs:
 def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
     """The graph to publish: weights stored at 8 bits, in the form that ONNX Runtime computes in integers on a CPU."""
     model = with_8_bit_weights(model)
-    return with_biases_inside(with_unsigned_activations(model)) if _on_cpu(config) else model
+    if _on_cpu(config):
+        model = with_readers_apart(with_biases_inside(with_unsigned_activations(model)))
+    return model
 
 
 def _on_cpu(config: QuantConfig) -> bool:

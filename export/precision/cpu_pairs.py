@@ -26,7 +26,7 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
 
     def is_read_wide(output: str) -> bool:
         found = readers.get(output, [])
-        if len(found) == 1 and _is_positive(found[0].output[0], producers, tensors):  # ONNX Runtime drops the Relu
+        if len(found) == 1 and is_positive(found[0].output[0], producers, tensors):  # ONNX Runtime drops the Relu
             found = readers.get(found[0].output[0], [])
         return [node.op_type for node in found] != ["QuantizeLinear"]
 
@@ -101,7 +101,7 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
         for zero in (0, 128)
     }
     signed = {
-        node.output[0]: 0 if _is_positive(node.input[0], producers, tensors) else 128
+        node.output[0]: 0 if is_positive(node.input[0], producers, tensors) else 128
         for node in copy.graph.node
         if node.op_type == "QuantizeLinear"
         and len(node.input) > 2
@@ -121,7 +121,7 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _is_positive(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> bool:
+def is_positive(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> bool:
     """Whether a value comes from a Relu, or from a Clip at 0."""
     node = producers.get(name)
     while node is not None and node.op_type in ("MaxPool", *CARRIERS):

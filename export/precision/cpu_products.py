@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from export.precision.cpu_pairs import readers_of
+from export.precision.cpu_pairs import is_positive, readers_of
 from export.precision.qdq import CARRIERS, Producers, drop_unread, producers_of, replace_nodes, with_high
 
 _LARGEST_BIAS = 2**30  # steps; an int32 then has room for the product
@@ -149,3 +149,40 @@ def _gemm(product: _Product, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
         ),
         make("Reshape", [f"{output}_flat", f"{output}_shape"], [output], output),
     ]
+
+
+def with_readers_apart(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with a Reshape to the same shape behind each product that ONNX Runtime would compute in fp32 otherwise.
+
+    It does so for the readers of the output: a QuantizeLinear beside another reader, or a Relu or Clip that no
+    QuantizeLinear makes redundant. A Reshape copies nothing.
+    """
+    copy = deepcopy(model)
+    graph, producers, readers = copy.graph, producers_of(copy.graph), readers_of(copy.graph)
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+
+    def keeps_wide(output: str) -> bool:
+        found = readers.get(output, [])
+        if len(found) == 1 and found[0].op_type in ("Relu", "Clip"):
+            behind = [node.op_type for node in readers.get(found[0].output[0], [])]
+            redundant = behind == ["QuantizeLinear"] and is_positive(found[0].output[0], producers, tensors)
+            return len(behind) == 1 and (not redundant or output in outputs)
+        return "QuantizeLinear" in [node.op_type for node in found] and (len(found) > 1 or output in outputs)
+
+    def is_narrow(name: str) -> bool:
+        return name in producers and producers[name].op_type == "DequantizeLinear"
+
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        output = node.output[0]
+        if node.op_type in ("MatMul", "Gemm") and all(map(is_narrow, node.input[:2])) and keeps_wide(output):
+            node.output[0], shape = f"{output}_apart", f"{output}_apart_shape"
+            if node.op_type == "Gemm":  # has two axes
+                graph.initializer.append(onnx.numpy_helper.from_array(np.array([0, -1]), shape))
+            else:
+                nodes.append(onnx.helper.make_node("Shape", [node.output[0]], [shape], shape))
+            nodes.append(onnx.helper.make_node("Reshape", [node.output[0], shape], [output], f"{output}_same"))
+    replace_nodes(graph, nodes)
+    return copy
