@@ -11,7 +11,8 @@ from pathlib import Path
 
 from deepseek.spec import InputError, build_dir
 
-LINT = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+RUFF = (("ruff", "check", "."), ("ruff", "format", "--check", "."))
+FAST = "not server and not slow"  # the tests of `check`; tests/conftest.py marks them
 # A file's tests stay in one process, so that shared fixtures are set up once.
 BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
 # torch and its dependencies (CUDA, compiler) are not pinned: the build of torch depends on the machine.
@@ -19,16 +20,16 @@ UNLOCKED = re.compile(r"torch=|triton=|cuda-|nvidia-(cu|nccl|nvj|nvs|nvt)")
 
 
 def lint(options: argparse.Namespace) -> int:
-    return _all(*LINT)
+    return _all(*RUFF, ("mypy",))
 
 
 def check(options: argparse.Namespace) -> int:
-    return _all(*LINT, ("pytest", "-m", "not server and not slow", "-n", "2", *BY_FILE, *options.words))
+    return _tested("-m", FAST, "-n", "2", *BY_FILE, *options.words)
 
 
 def test(options: argparse.Namespace) -> int:
     """Lint, types and all tests except the slow ones. Tests wait much, so three processes keep two cores busy."""
-    return _all(*LINT, ("pytest", "-m", "not slow", "-n", "3", *BY_FILE, *options.words))
+    return _tested("-m", "not slow", "-n", "3", *BY_FILE, *options.words)
 
 
 def test_all(options: argparse.Namespace) -> int:
@@ -69,6 +70,19 @@ def _pins(*sources: str) -> str:
     if run.returncode:
         raise InputError(f"uv ended with {run.returncode}; its own lines are above")
     return run.stdout
+
+
+def _tested(*words: str) -> int:
+    """Runs ruff, and pytest with these arguments while mypy runs too: without its cache it takes half a minute."""
+    if code := _all(*RUFF):
+        return code
+    # Each process of the tests would compile all files again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    command = [sys.executable, "-m", "mypy"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as types:
+        code = _all(("pytest", *words))
+        print(f"mypy      {types.communicate()[0].strip()}")
+    return code or types.returncode
 
 
 def _all(*modules: tuple[str, ...]) -> int:

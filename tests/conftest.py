@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import pytest
 from deepseek_client import InferenceClient
 
 from cli.commands import BY_NAME
+from cli.develop import FAST
 from cli.main import main as command_line
 from cli.main import values_of
 from deepseek.spec.files.folders import alone_in
@@ -46,9 +48,14 @@ FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}  # po
 
 # A test that takes one of these fixtures, or whose file has one of these names, starts a server or builds a model.
 # Other files say so with the mark `server`.
-STARTING_FIXTURES = {"server", "relays", "closed", "gateway", "built", "typed", "generated"}
+STARTING_FIXTURES = {"server", "relays", "closed", "gateway", "built", "typed", "generated", "pruned"}
 STARTING_FIXTURES |= {"built_sentence", "built_shop", "built_reranker"}
 STARTING_NAMES = {"EmbeddedServer", "FakeEndpoint", "Gateway", "Serving", "answering", "run_module", "train_model"}
+# A line of a file whose tests all do, so that `make check` need not import it: the libraries of all files take seconds.
+STARTING_LINE = re.compile(
+    rf"^(from \S+ import .*\b({'|'.join(sorted(STARTING_NAMES))})\b(?! as)|pytestmark = .*\bmark\.(server|slow)\b)",
+    re.MULTILINE,
+)
 
 
 def is_alone(item: pytest.Item) -> bool:
@@ -60,6 +67,13 @@ def pytest_configure() -> None:
     """Lets Ctrl-C reach the commands that tests start, even if the tests run in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether no test of the file can be selected; None lets pytest decide."""
+    if config.option.markexpr != FAST or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return None
+    return (collection_path.suffix == ".py" and bool(STARTING_LINE.search(collection_path.read_text()))) or None
 
 
 def starts_something(item: pytest.Item) -> bool:

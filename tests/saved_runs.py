@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,11 @@ def load_settings(**changes: Any) -> LoadSettings:
     return LoadSettings(**{**fixed, "url": "127.0.0.1:8001", "inputs": "evaluation.npz", **changes})
 
 
-def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
-    """Writes a run made from a list of requests; `changes` apply to its settings and generator."""
-    requests = list(requests)
-    generator = {"thread_cpu": changes.pop("thread_cpu", 0.2), "process_cpu": 0.3, "machine_cpu": 0.5}
-    generator |= {"workers_lost": changes.pop("workers_lost", 0), "workers": changes.get("workers", 1)}
-    server = changes.pop("server", {"version": "1", "statistics": {}})
-    quality = changes.pop("quality", {})
-    settings = load_settings(**{"rate_rps": 100.0, "duration_s": 10.0, **changes})
-    recorder = Recorder(open_loop=settings.open_loop)
-    if settings.open_loop:
+@lru_cache(maxsize=64)  # many tests make the same runs
+def recorded(requests: tuple[Request, ...], open_loop: bool) -> list[str]:
+    """The lines of `seconds.jsonl`."""
+    recorder = Recorder(open_loop=open_loop)
+    if open_loop:
         recorder.plan(np.array([planned for planned, *_ in requests]))
     for planned, sent, finished, error in requests:
         recorder.attempt(sent)
@@ -39,8 +35,18 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
             recorder.drop(planned)
         else:
             recorder.finish(planned, sent, finished, error)
+    return [f"{json.dumps(row)}\n" for row in recorder.take()]
+
+
+def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
+    """Writes a run made from a list of requests; `changes` apply to its settings and generator."""
+    generator = {"thread_cpu": changes.pop("thread_cpu", 0.2), "process_cpu": 0.3, "machine_cpu": 0.5}
+    generator |= {"workers_lost": changes.pop("workers_lost", 0), "workers": changes.get("workers", 1)}
+    server = changes.pop("server", {"version": "1", "statistics": {}})
+    quality = changes.pop("quality", {})
+    settings = load_settings(**{"rate_rps": 100.0, "duration_s": 10.0, **changes})
+    rows = recorded(tuple(requests), settings.open_loop)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [f"{json.dumps(row)}\n" for row in recorder.take()]
     (folder / "seconds.jsonl").write_text("".join(rows))
     machine = {"cpu": "test", "cores": 2, "versions": {"python": "3.11"}}
     data: dict[str, Any] = {"settings": asdict(settings), "started_at": "2026-11-25T12:00:00+00:00", "machine": machine}

@@ -193,6 +193,7 @@ CASES: list[Case] = [
 ]  # fmt: skip
 
 
+@pytest.mark.server
 def test_an_alert_fires_when_it_should_and_no_other_does(tmp_path: Path) -> None:
     write_rules(tmp_path, MODEL)
 
@@ -208,6 +209,7 @@ def test_an_alert_fires_when_it_should_and_no_other_does(tmp_path: Path) -> None
         check_fired(tmp_path, *of_step, every_min=every_min)
 
 
+@pytest.mark.server
 def test_a_budget_that_is_used_up_just_too_fast_is_a_ticket_after_three_days(tmp_path: Path) -> None:
     write_rules(tmp_path, MODEL)
     slow = {**HEALTHY, FAST: "0+177300", ANSWERED: "0+180000"}  # 1.5 % of them, half an hour a value

@@ -145,6 +145,7 @@ def test_publishing_leaves_out_runs_with_fewer_pairs(
     assert "skipped" in capsys.readouterr().out
 
 
+@pytest.mark.server
 def test_a_command_has_the_cores_of_the_part_that_starts_it(tmp_path: Path) -> None:
     (tmp_path / "cores.py").write_text("import os; print(sorted(os.sched_getaffinity(0)))")
     every = sorted(os.sched_getaffinity(0))
@@ -153,6 +154,7 @@ def test_a_command_has_the_cores_of_the_part_that_starts_it(tmp_path: Path) -> N
             assert run_warm(["cores"], dict(os.environ), tmp_path).stdout == f"{cores}\n"
 
 
+@pytest.mark.server
 def test_a_part_with_the_generator_apart_begins_on_the_cores_of_the_server() -> None:
     bench = cast(Bench, SimpleNamespace(results=[MET], shortened=False))
     (core, *_) = sorted(os.sched_getaffinity(0))

@@ -24,7 +24,6 @@ from export.precision.accuracy import Evaluated, paired_drop
 from export.precision.accuracy_budget import Baseline, judged
 from export.stages import prune
 from export.stages.prune import main, prune_source
-from export.stages.to_onnx import export_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build folder with the model `image`, pruned and exported."""
+    from export.stages.to_onnx import export_model  # a second; `make check` runs no test that needs it
+
     build = tmp_path_factory.mktemp("pruned") / "build"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEEPSEEK_BUILD", str(build))

@@ -365,6 +365,7 @@ def test_two_repositories_are_measured_in_turn(
         assert not (kept / role / "repository").exists()
 
 
+@pytest.mark.server
 @pytest.mark.parametrize(
     ("base", "new", "code", "said"),
     [

@@ -46,6 +46,7 @@ def server(host: Path) -> AbstractContextManager[StackServer]:
     return stack_server(host / "new", env_file=host / "env", log_path=host / "triton.log", timeout_s=60)
 
 
+@pytest.mark.server
 def test_a_candidate_is_served_on_loopback_by_the_stacks_triton_and_its_container_is_removed(host: Path) -> None:
     write_add_one(host / "new")
     with server(host) as running, InferenceClient(running.grpc_url) as client:
@@ -59,6 +60,7 @@ def test_a_candidate_is_served_on_loopback_by_the_stacks_triton_and_its_containe
     assert not is_ready(running.http_url)
 
 
+@pytest.mark.server
 def test_a_candidate_that_does_not_start_is_one_line_with_the_last_line_of_its_log(host: Path) -> None:
     (host / "new").mkdir()
     with pytest.raises(InputError, match=r"no model in it .*triton\.log\)"), server(host):

@@ -69,6 +69,7 @@ def test_a_sequence_longer_than_max_length_is_a_one_line_error(ids: Tensor) -> N
         tiny()(ids.repeat(1, 2))
 
 
+@pytest.mark.server
 @pytest.mark.filterwarnings("ignore::FutureWarning:copyreg")  # torch.export pickles its own tree specs
 @pytest.mark.parametrize(
     ("causal", "dtype", "tolerance"),

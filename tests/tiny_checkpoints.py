@@ -40,10 +40,10 @@ CONFIGS: dict[str, Any] = {
 MEAN = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
 """Settings of a pooling module."""
 HEADS = {
-    "encoder": transformers.AutoModel,
-    "classifier": transformers.AutoModelForSequenceClassification,
-    "token-classifier": transformers.AutoModelForTokenClassification,
-    "cross-encoder": transformers.AutoModelForSequenceClassification,
+    "encoder": "AutoModel",
+    "classifier": "AutoModelForSequenceClassification",
+    "token-classifier": "AutoModelForTokenClassification",
+    "cross-encoder": "AutoModelForSequenceClassification",
 }
 LABELS = {
     "classifier": ["bad", "fair", "good"],
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, kind: str, task: str = "encoder", *, tokenize
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: place for place, label in enumerate(labels)}
     torch.manual_seed(0)
-    model = HEADS[task].from_config(config).eval()
+    model = getattr(transformers, HEADS[task]).from_config(config).eval()
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.2)
     model.save_pretrained(folder, **saving)

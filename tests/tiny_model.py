@@ -5,12 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from torch.onnx._internal.exporter._registration import onnxscript_apis
-
 from export.model_folder import ModelFolder
-
-# The exporter reads the definitions of all operators again for each export, which takes most of a tiny model's second.
-onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 SIZES = "min = 1\nopt = 4\nmax = 9"
 TOML = f"""
@@ -48,10 +43,19 @@ def samples(split):
 """
 
 
+@cache
+def read_operators_once() -> None:
+    """Saves the exporter from reading all operators' definitions for each export, most of a tiny model's second."""
+    from torch.onnx._internal.exporter._registration import onnxscript_apis  # a second, and few tests need it
+
+    onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
+
+
 def tiny(
     folder: Path, *, toml: str = TOML, body: str = "return self.line(x)", code: str = "", name: str = "tiny"
 ) -> ModelFolder:
     """A model folder whose forward is `body`."""
+    read_operators_once()
     (folder / name).mkdir(parents=True)
     (folder / name / "deploy.toml").write_text(toml.replace('"tiny"', f'"{name}"'))
     (folder / name / "model.py").write_text(MODEL.format(body=body) + code)

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -51,12 +52,12 @@ class RememberedDigests:
 
     def _entry(self, path: Path) -> dict[str, Any] | None:
         try:
-            stat = path.stat()
+            seen = path.stat()
         except OSError:
             return None
-        if not path.is_file():
+        if not stat.S_ISREG(seen.st_mode):
             return None
-        name, facts = os.path.abspath(path), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        name, facts = os.path.abspath(path), [seen.st_size, seen.st_mtime_ns, seen.st_ino]
         found = self._known.get(name)
         if found is None or found["facts"] != facts:
             found = {"facts": facts, "sha256": FileDigest.of(path).sha256}

@@ -44,10 +44,14 @@ class Sources:
         self._digests, self._folder = digests, model_folder
         self._files_of = cache(self._find_files)
         self._edges = cache(self._imported)
+        self._code_of = cache(self._find_code)
         self._not_installed = cache(_not_installed)
 
     def of_module(self, name: str, without: tuple[str, ...] = ()) -> ImportedCode:
         """A module of this repository and everything it imports, except packages in `without`."""
+        return self._code_of(name, without)
+
+    def _find_code(self, name: str, without: tuple[str, ...]) -> ImportedCode:
         code = ImportedCode()
         for path, module in self._files_of(name):
             self._follow(path, module, code, without)
@@ -93,23 +97,33 @@ class Sources:
 
     def _find_files(self, name: str) -> tuple[tuple[Path, str], ...]:
         """The file of one of our modules and the `__init__.py` of each package above it, with module names."""
-        parts = name.split(".")
-        if parts[0] in ROOMS:
-            base, start = ROOT, 0
-            if parts[:2] == ["models", self._folder.name]:
-                base, start = self._folder, 2
-        elif (self._folder / f"{parts[0]}.py").is_file() or (self._folder / parts[0] / "__init__.py").is_file():
-            base, start = self._folder, 0
-        else:
-            return ()
-        below = parts[start:]
-        found = [
-            (base.joinpath(*below[:end], "__init__.py"), ".".join([*parts[: start + end], "__init__"]))
-            for end in range(1, len(below) + 1)
-        ]
-        if below:
-            found.append((base.joinpath(*below).with_suffix(".py"), name))
-        return tuple((path, module) for path, module in found if path.is_file())
+        top, _, below = name.partition(".")
+        if top == "models" and below.partition(".")[0] == self._folder.name:
+            return _files_below(self._folder, name, 2)
+        if top in ROOMS:
+            return _files_of_repository(name)
+        if (self._folder / f"{top}.py").is_file() or (self._folder / top / "__init__.py").is_file():
+            return _files_below(self._folder, name, 0)
+        return ()
+
+
+@cache
+def _files_of_repository(name: str) -> tuple[tuple[Path, str], ...]:
+    """Of a module of this repository, whose files stay where they are while it runs."""
+    return _files_below(ROOT, name, 0)
+
+
+def _files_below(base: Path, name: str, start: int) -> tuple[tuple[Path, str], ...]:
+    """The files of a module; the folder `base` is what the first `start` parts of its name stand for."""
+    parts = name.split(".")
+    below = parts[start:]
+    found = [
+        (base.joinpath(*below[:end], "__init__.py"), ".".join([*parts[: start + end], "__init__"]))
+        for end in range(1, len(below) + 1)
+    ]
+    if below:
+        found.append((base.joinpath(*below).with_suffix(".py"), name))
+    return tuple((path, module) for path, module in found if path.is_file())
 
 
 def _absolute(name: str, module: str) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from scipy.signal import lfilter
 
 from deepseek.spec import InputError
 
@@ -55,6 +54,8 @@ def _hump(hours: np.ndarray, at: float, width: float) -> np.ndarray:
 
 def _noise(count: int, seed: int) -> np.ndarray:
     """Autocorrelated noise with mean 0 and standard deviation 1."""
+    from scipy.signal import lfilter  # a second; only invented traffic needs it
+
     kept = math.exp(-TICK_S / NOISE_S)
     steps = np.random.default_rng(seed).standard_normal(count) * math.sqrt(1 - kept**2)
     return lfilter([1.0], [1.0, -kept], steps)

@@ -24,7 +24,6 @@ from loadtests.results.histogram import VALUES_US
 from loadtests.results.stretch import Stretch
 
 RESAMPLES = 4000
-_CHUNK = 256  # resamples at once: their pooled histograms are in memory
 
 
 def draws_of(pairs: int) -> np.ndarray:  # (1 + RESAMPLES, pairs)
@@ -60,17 +59,17 @@ class PooledStretches:
 
 def percentiles(pooled: PooledStretches, draws: np.ndarray, percent: float) -> np.ndarray:
     """The percentile of each draw in ms; inf if it falls on a failed request, nan without requests."""  # (draws,)
-    found = []
-    for start in range(0, len(draws), _CHUNK):
-        part = draws[start : start + _CHUNK]
-        cumulated = np.cumsum(part @ pooled.counts, axis=1)
-        answered = cumulated[:, -1] if cumulated.shape[1] else np.zeros(len(part))
-        total = answered + part @ pooled.failed
-        rank = np.maximum(1, np.ceil(percent / 100 * total - 1e-9))
-        reached = (cumulated < rank[:, None]).sum(axis=1)
-        values = np.append(pooled.values_ms, math.inf)[reached]
-        found.append(np.where(total > 0, values, math.nan))
-    return np.concatenate(found)
+    # Requests up to each value, in each run; the failed ones come last.
+    reached = np.cumsum(np.column_stack([pooled.counts, pooled.failed]), axis=1).T  # (values + 1, runs)
+    total = (draws * reached[-1]).sum(axis=1)
+    rank = np.ceil(percent / 100 * total - 1e-9)
+    # Binary search in all draws at once: a draw's histograms are added only where the search looks.
+    low, high = np.zeros(len(draws), np.int64), np.full(len(draws), len(reached) - 1)
+    while (low < high).any():
+        middle = (low + high) // 2
+        enough = (draws * reached[middle]).sum(axis=1) >= rank
+        low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+    return np.where(total > 0, np.append(pooled.values_ms, math.inf)[low], math.nan)
 
 
 def error_rates(pooled: PooledStretches, draws: np.ndarray) -> np.ndarray:
