@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _send(environment: Environment, parts: list[LoadSettings], folder: Path) -> 
 
     runner.register_message("begin", begin)
     environment.events.test_stop.add_listener(lambda **_: share.stop())
-    runner.send_message("prepared")
+    runner.send_message("prepared", [asdict(part) for part in parts])
 
 
 def _be_master(environment: Environment, master: Master) -> None:
@@ -130,7 +131,7 @@ def _be_master(environment: Environment, master: Master) -> None:
         master.take_last(msg.data["rows"], msg.data["lengths"], msg.data["generator"])
 
     environment.runner.register_message("unprepared", lambda msg, **_: master.take_unprepared(msg.data))
-    environment.runner.register_message("prepared", lambda msg, **_: master.take_prepared(msg.node_id))
+    environment.runner.register_message("prepared", lambda msg, **_: master.take_prepared(msg.node_id, msg.data))
     environment.runner.register_message("second", second)
     environment.runner.register_message("finished", finished)
 

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 REPLACED = """
 import json, sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from locust.runners import MasterRunner, WorkerNode, WorkerNodes
@@ -29,13 +31,25 @@ more = {"models": "", "target": "onnxruntime", "url": "", "inputs": ""}
 wanted = LoadSettings(model="m", protocol="grpc", rate_rps=10.0, duration_s=1.0, workers=3, **more)
 runner = Runner()
 master = Master(SimpleNamespace(runner=runner), [wanted], Path(sys.argv[1]), remote=True)
+its = asdict(replace(wanted, **json.loads(sys.argv[2])))
 for name in ("a", "b", "c", "d"):  # c was lost before the start, and d replaced it
-    master.take_prepared(name)
+    master.take_prepared(name, [its])
 master.start()
 print(json.dumps(runner.told))
 """  # in a child process, since Locust patches the process that imports it
 
 
+def started(folder: Path, **its: Any) -> subprocess.CompletedProcess[str]:
+    """A master that three workers with other settings, `its`, join."""
+    return subprocess.run([sys.executable, "-c", REPLACED, folder, json.dumps(its)], capture_output=True, text=True)
+
+
 def test_a_replacement_worker_sends_the_share_of_the_lost_one(tmp_path: Path) -> None:
-    said = subprocess.run([sys.executable, "-c", REPLACED, tmp_path], check=True, capture_output=True, text=True).stdout
-    assert json.loads(said) == [["begin", "a", 0, 3], ["begin", "b", 1, 3], ["begin", "d", 2, 3]]
+    run = started(tmp_path, url="its-name-of-the-server:8001", inputs="/its/copy.npz")
+    assert json.loads(run.stdout) == [["begin", "a", 0, 3], ["begin", "b", 1, 3], ["begin", "d", 2, 3]], run.stderr
+
+
+def test_a_worker_with_other_options_than_the_master_ends_the_test_before_any_load(tmp_path: Path) -> None:
+    run = started(tmp_path, rate_rps=20.0)
+    said = "a worker has rate_rps 20.0, the master 10.0; start each worker with all options of the master"
+    assert (run.returncode, json.loads(run.stdout)) == (3, {"unprepared": said})

@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
 START_DELAY_S = 0.5
 DISTRIBUTED_START_DELAY_S = 2.0
 ALONE = "local"  # Locust's name for the only process
+OF_THE_MACHINE = ("models", "inputs", "url", "route", "ca_cert", "priority")
 Rows = list[list[dict[str, Any]]]  # one list for each part
 
 
@@ -74,8 +76,14 @@ class Master:
             runner.send_message("begin", begin, worker)
         gevent.spawn(self._gather, starts_at)
 
-    def take_prepared(self, worker: str) -> None:
-        """A worker is ready to send; Locust's own "ready" comes earlier."""
+    def take_prepared(self, worker: str, parts: list[dict[str, Any]]) -> None:
+        """A worker is ready to send its own settings; Locust's own "ready" comes earlier."""
+        ours = [shared(asdict(part)) for part in self._parts]
+        theirs = [shared(part) for part in parts]
+        if theirs != ours:
+            pairs = [(one[name], other[name], name) for one, other in zip(ours, theirs, strict=False) for name in one]
+            found = next((f"{name} {its}, the master {our}" for our, its, name in pairs if our != its), "other models")
+            self.take_unprepared(f"a worker has {found}; start each worker with all options of the master")
         self._prepared.add(worker)
 
     def take_unprepared(self, why: str) -> None:
@@ -148,6 +156,12 @@ class Master:
             runner.quit()
         else:
             runner.stop()  # keeps the page open
+
+
+def shared(part: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a master and its workers share: all but addresses and paths, which differ by machine."""
+    replay = part["replay"] and {name: value for name, value in part["replay"].items() if name != "file"}
+    return {name: value for name, value in part.items() if name not in OF_THE_MACHINE} | {"replay": replay}
 
 
 @contextmanager
