@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cli.main import values_of
 from deepseek.spec import InputError, SloSpec
 from loadtests.search.capacity import find, first_rate, main, table, trial_line
 from loadtests.search.capacity_result import Capacity
+from loadtests.search.rate_trial import RateTrial
 from serving.embedded.serve import EmbeddedServer
 from tests.computed_server import runner, server_of, trial
 from tests.conftest import FREE
@@ -80,6 +83,17 @@ def test_a_search_may_start_below_the_usual_rates(tmp_path: Path) -> None:
     capacity = find(on_server, on_server.plan(start_rps=0.05, duration_s=10, max_s=1e9), NOW)
     assert capacity.sentence.startswith("capacity 0.0917/s, limited by p99_ms")
     assert (capacity.model, capacity.settings.max_batch, capacity.served_versions) == ("image", 8, ("1",))
+
+
+def test_the_table_of_a_fast_service_fits_100_columns() -> None:
+    figures: dict[str, Any] = {"achieved_rps": 12345.6, "p50_ms": 1265.0, "p99_ms": 4321.0, "duration_s": 10}
+    failed = ("throughput", "p50_ms", "error_rate")
+    found = RateTrial(rate_rps=12400, phase="bracket", outcome="fails", run="run", failed=failed, **figures)
+    out = io.StringIO()
+    Console(width=100, file=out, markup=False).print(table([found], None))
+    shown = out.getvalue()
+    assert "answered" in shown
+    assert "12345.6/s" in shown
 
 
 def test_a_rate_with_too_many_requests_in_flight_is_the_generators_limit_and_not_sent(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from loadtests.search.slo_at_rate import bound_rates, objective_lines, quality_o
 from loadtests.search.trial_runner import DEFAULT_START_RPS, TrialRunner
 
 STYLES: dict[TrialOutcome, str] = {"holds": "green", "fails": "red", "invalid": "yellow", "inconclusive": "yellow"}
-BAR = 16  # characters of the longest latency bar
+BAR = 12  # characters of the longest latency bar
 
 
 def main(options: argparse.Namespace) -> int:
@@ -126,7 +126,9 @@ def trial_line(trial: RateTrial) -> Text:
 
 def table(trials: Sequence[RateTrial], capacity_rps: float | None) -> Table:
     """The trials by rate, with the latency as a bar and the capacity marked."""
-    columns = Table("rate", "", "answered", "p50", "p99")
+    columns = Table("rate", "")
+    for name in ("answered", "p50", "p99"):
+        columns.add_column(name, no_wrap=True)
     columns.add_column(no_wrap=True, min_width=BAR)
     columns.add_column("errors")
     columns.add_column("outcome", no_wrap=True)
