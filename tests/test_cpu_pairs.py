@@ -70,6 +70,37 @@ def test_a_convolution_between_two_pairs_runs_in_integers_and_its_relu_gets_all_
     assert np.abs(y - exact).max() <= STEP * 127 / 255 / 2 + 1e-5  # half a step of 255
 
 
+@pytest.mark.parametrize(
+    ("nodes", "lowest"),
+    [
+        ("a = Gelu (x)", -0.17),
+        ('a = Gelu <approximate = "tanh"> (x)', -0.17),
+        ("a = HardSwish (x)", -0.375),
+        ("b = Sigmoid (x) a = Mul (x, b)", -0.2785),
+        ("b = Sigmoid (x) a = Mul (b, x)", -0.2785),
+        ("a = Sigmoid (x)", 0),
+        ("b = Gelu (x) a = Transpose <perm = [0, 1, 3, 2]> (b)", -0.17),
+    ],
+)
+def test_the_steps_behind_an_activation_function_cover_its_values_alone(
+    tmp_path: Path, nodes: str, lowest: float
+) -> None:
+    x = np.linspace(-8, 127 * STEP, 256, dtype=np.float32).reshape(2, 8, 4, 4)
+    _, wide = served(quantized(f"{nodes} y = Identity (a)"), tmp_path, x)
+    _, y = served(quantized(f"{nodes} {pair('a')} y = Identity (a_d)"), tmp_path, x)
+    step = (127 * STEP - lowest) / 255  # 127 * STEP is the largest value that the pair allows
+    assert np.abs(y - wide).max() <= step * 0.51
+
+
+def test_the_steps_stay_symmetric_if_values_are_smaller_than_the_least_of_the_function() -> None:
+    model = quantized(f"a = HardSwish (x) {pair('a')} y = Identity (a_d)")
+    (step,) = (tensor for tensor in model.graph.initializer if tensor.name == "s")
+    step.CopyFrom(onnx.numpy_helper.from_array(np.array(0.001, np.float32), "s"))
+    made = with_unsigned_activations(model)
+    zeros = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    assert [zeros[node.input[2]] for node in made.graph.node if node.input[0] == "a"] == [128]
+
+
 RANGES = {"first": 8.0, "second": 20.0, "third": 99.0}
 
 

@@ -6,13 +6,19 @@ it computes in fp32 and dequantizes the weights at every call, which is slower t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import onnx
 
 from export.precision.qdq import CARRIERS, Producers, drop_unread, pair_before, producers_of, replace_nodes, subgraphs
+
+_LOWEST = {"Relu": 0.0, "Sigmoid": 0.0, "Softmax": 0.0, "Gelu": -0.17, "HardSwish": -0.375}
+"""The least value of an activation function."""
+_OF_SILU = -0.2785  # x times Sigmoid(x)
 
 
 def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]) -> None:
@@ -26,7 +32,7 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
 
     def is_read_wide(output: str) -> bool:
         found = readers.get(output, [])
-        if len(found) == 1 and is_positive(found[0].output[0], producers, tensors):  # ONNX Runtime drops the Relu
+        if len(found) == 1 and is_relu(found[0], tensors):  # ONNX Runtime drops it
             found = readers.get(found[0].output[0], [])
         return [node.op_type for node in found] != ["QuantizeLinear"]
 
@@ -90,18 +96,15 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     ONNX Runtime's x86 kernels take unsigned activations. It converts signed pairs itself, except one that several
     products read: it runs those in fp32 and dequantizes their weights at every call.
 
-    Behind a Relu the zero point is 0, and 255 steps cover the range. QuantizeLinear then clips as the Relu does, so
-    ONNX Runtime drops the Relu. It computes a convolution in 8 bits only if QuantizeLinear follows directly.
+    Behind a function with few or no negative values (Relu, Gelu, SiLU, ...) the steps cover its values alone, and are
+    about half as large. Behind a Relu the zero point is 0: QuantizeLinear then clips as the Relu does, so ONNX Runtime
+    drops the Relu. It computes a convolution in 8 bits only if QuantizeLinear follows directly.
     """
     copy = deepcopy(model)
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
     producers = producers_of(copy.graph)
-    zeros = {
-        zero: onnx.numpy_helper.from_array(np.array(zero, np.uint8), f"zero_point_{zero}_of_unsigned_activations")
-        for zero in (0, 128)
-    }
     signed = {
-        node.output[0]: 0 if is_positive(node.input[0], producers, tensors) else 128
+        node.output[0]: _steps(node, producers, tensors)
         for node in copy.graph.node
         if node.op_type == "QuantizeLinear"
         and len(node.input) > 2
@@ -111,32 +114,51 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in copy.graph.node:
         between = {"QuantizeLinear": node.output[0], "DequantizeLinear": node.input[0]}.get(node.op_type)
         if between in signed:
-            node.input[2] = zeros[signed[between]].name
-            if signed[between] == 0:
-                node.input[1] = _with_255_steps(copy.graph, tensors, node.input[1])
+            step, zero = signed[between]
+            for place, value, name in ((1, step, f"{between}_step"), (2, zero, f"zero_point_{zero}_of_uint8")):
+                if name not in tensors:
+                    tensors[name] = onnx.numpy_helper.from_array(value, name)
+                    copy.graph.initializer.append(tensors[name])
+                node.input[place] = name
     for value in [value for value in copy.graph.value_info if value.name in signed]:
         copy.graph.value_info.remove(value)
-    copy.graph.initializer.extend(zeros.values())
     drop_unread(copy.graph)
     return copy
 
 
-def is_positive(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> bool:
-    """Whether a value comes from a Relu, or from a Clip at 0."""
+def _steps(
+    quantize: onnx.NodeProto, producers: Producers, tensors: Mapping[str, onnx.TensorProto]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Scale and zero point, uint8, for a value that has signed ones: up to the same largest value."""
+    step = onnx.numpy_helper.to_array(tensors[quantize.input[1]])
+    lowest, largest = _lowest(quantize.input[0], producers, tensors), 127 * float(step)
+    if -lowest >= largest:
+        return step, np.array(128, np.uint8)
+    zero = math.ceil(-lowest * 255 / (largest - lowest))
+    return np.asarray(largest / (255 - zero), step.dtype), np.array(zero, np.uint8)
+
+
+def _lowest(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> float:
+    """The least value that a value may have, or minus infinity."""
     node = producers.get(name)
     while node is not None and node.op_type in ("MaxPool", *CARRIERS):
         node = producers.get(node.input[0])
-    if node is None or node.op_type != "Clip":
-        return node is not None and node.op_type == "Relu"
-    lowest = tensors.get(node.input[1]) if len(node.input) > 1 else None
-    return lowest is not None and bool(onnx.numpy_helper.to_array(lowest) >= 0)
+    if node is None:
+        return -math.inf
+    if is_relu(node, tensors):
+        return 0
+    if node.op_type == "Mul" and any(
+        (other := producers.get(node.input[1 - place])) is not None
+        and other.op_type == "Sigmoid"
+        and other.input[0] == node.input[place]
+        for place in (0, 1)
+    ):
+        return _OF_SILU
+    return _LOWEST.get(node.op_type, -math.inf)
 
 
-def _with_255_steps(graph: onnx.GraphProto, tensors: dict[str, onnx.TensorProto], scale: str) -> str:
-    """The name of the scale with 255 steps above 0 over the range of the given one."""
-    name = f"{scale}_of_255_steps"
-    if name not in tensors:
-        wide = onnx.numpy_helper.to_array(tensors[scale])
-        tensors[name] = onnx.numpy_helper.from_array(np.asarray(wide * 127 / 255, wide.dtype), name)
-        graph.initializer.append(tensors[name])
-    return name
+def is_relu(node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a node is a Relu, or a Clip at 0."""
+    if node.op_type == "Clip" and len(node.input) > 1 and node.input[1] in tensors:
+        return bool(onnx.numpy_helper.to_array(tensors[node.input[1]]) == 0)
+    return node.op_type == "Relu"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from export.precision.cpu_pairs import is_positive, readers_of
+from export.precision.cpu_pairs import is_relu, readers_of
 from export.precision.qdq import CARRIERS, Producers, drop_unread, producers_of, replace_nodes, with_high
 
 _LARGEST_BIAS = 2**30  # steps; an int32 then has room for the product
@@ -166,7 +166,7 @@ def with_readers_apart(model: onnx.ModelProto) -> onnx.ModelProto:
         found = readers.get(output, [])
         if len(found) == 1 and found[0].op_type in ("Relu", "Clip"):
             behind = [node.op_type for node in readers.get(found[0].output[0], [])]
-            redundant = behind == ["QuantizeLinear"] and is_positive(found[0].output[0], producers, tensors)
+            redundant = behind == ["QuantizeLinear"] and is_relu(found[0], tensors)
             return len(behind) == 1 and (not redundant or output in outputs)
         return "QuantizeLinear" in [node.op_type for node in found] and (len(found) > 1 or output in outputs)
 
