@@ -106,7 +106,7 @@ def test_a_product_runs_in_integers_whatever_reads_it(tmp_path: Path, product: s
     y = run(made, tmp_path, x)
     operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
     assert {"QGemm", "MatMulIntegerToFloat", "QLinearMatMul"} & set(operators), operators
-    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=STEP / 2 + 1e-3)
+    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=float(STEP) / 2 + 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from export.graphs.graph_file import save_graph
 from export.model_folder import Predict
 from export.precision.calibration import Calibration
 from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
+from export.precision.cpu_biases import with_scales_for_biases
 from export.precision.cpu_pairs import pair_convolution_outputs, with_unsigned_activations
 from export.precision.cpu_products import with_biases_inside, with_readers_apart, with_wide_attention
 from export.precision.ptq import qdq_from_onnx
@@ -79,10 +80,10 @@ class UnpublishedGraphs:
 
 def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
     """The graph to publish: weights stored at 8 bits, in the form that ONNX Runtime computes in integers on a CPU."""
-    model = with_8_bit_weights(model)
-    if _on_cpu(config):
-        model = with_readers_apart(with_biases_inside(with_unsigned_activations(model)))
-    return model
+    if not _on_cpu(config):
+        return with_8_bit_weights(model)
+    model = with_8_bit_weights(with_scales_for_biases(model))
+    return with_readers_apart(with_biases_inside(with_unsigned_activations(model)))
 
 
 def _on_cpu(config: QuantConfig) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
+from export.precision.cpu_biases import bias_of
 from export.precision.cpu_pairs import is_relu, readers_of
 from export.precision.qdq import CARRIERS, Producers, drop_unread, producers_of, replace_nodes, with_high
 
@@ -66,11 +67,7 @@ def with_biases_inside(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in graph.node:
         if node.output[0] in made:
             continue
-        output, bias = node.output[0], node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
-        found = readers.get(output, [])
-        if node.op_type == "MatMul" and output not in outputs and [each.op_type for each in found] == ["Add"]:
-            bias = next((name for name in found[0].input if name != output), "")
-            output = found[0].output[0]
+        bias, output = bias_of(node, readers, outputs)
         product = _product(node, output, bias, producers, tensors)
         if product is None:
             nodes.append(node)

@@ -1,0 +1,64 @@
+"""Scales of weights on a CPU: the bias of a channel whose weights are 0, or next to it, is added as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from export.precision.cpu_biases import with_scales_for_biases
+from export.precision.cpu_pairs import with_unsigned_activations
+from export.precision.cpu_products import with_biases_inside
+from export.precision.qdq import with_8_bit_weights
+from tests.test_cpu_pairs import optimized, pair, steps
+from tests.test_cpu_products import run, wide
+
+CHANNELS = 6
+
+
+def graph(nodes: str, *, shape: str, weights: tuple[int, ...], axis: int) -> onnx.ModelProto:
+    """A graph from x to y, with a pair of x, and one by channel of the weight w."""
+    axes = ", ".join(f"axis_{place}" for place in range(len(shape.split(","))))
+    by_channel = f"<axis = {axis}> (w, scales, zeros) w_d = DequantizeLinear <axis = {axis}> (w_q, scales, zeros)"
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
+      g (float[{shape}] x) => (float[{axes}] y)
+      <float s = {{0.04}}, int8 z = {{0}}> {{ {pair("x")} w_q = QuantizeLinear {by_channel} {nodes} }}""")
+    weight = np.random.default_rng(0).standard_normal((CHANNELS, *weights)).astype(np.float32)
+    weight[:3] *= np.array([0, 1e-12, 1e-30], np.float32).reshape(-1, *[1] * len(weights))
+    largest = np.abs(weight).max(axis=tuple(range(1, weight.ndim)))
+    tensors: dict[str, np.ndarray] = {
+        "w": np.moveaxis(weight, 0, axis),
+        "b": np.array([0.5, -0.5, 0.5, 1, -1e7, 0], np.float32),
+        "scales": np.where(largest > 0, largest / 127, 1).astype(np.float32),
+        "zeros": np.zeros(CHANNELS, np.int8),
+    }
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in tensors.items())
+    for node in model.graph.node:
+        node.name = node.output[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings"),
+    [
+        (f"p = Conv (x_d, w_d, b) {pair('p')} y = Identity (p_d)", {"shape": "2, 8, 4, 4", "weights": (8, 1, 1)}),
+        ("y = Gemm <transB = 1> (x_d, w_d, b)", {"shape": "3, 8", "weights": (8,)}),
+        (f"p = Gemm <transB = 1> (x_d, w_d, b) {pair('p')} y = Identity (p_d)", {"shape": "3, 8", "weights": (8,)}),
+        ("p = MatMul (x_d, w_d) y = Add (p, b)", {"shape": "2, 3, 8", "weights": (8,), "axis": 1}),
+    ],
+    ids=["convolution", "Gemm", "Gemm with a pair", "MatMul"],
+)
+def test_a_channel_with_weights_next_to_0_keeps_its_bias(tmp_path: Path, nodes: str, settings: dict) -> None:
+    model = graph(nodes, **{"axis": 0, **settings})
+    x = steps(tuple(map(int, settings["shape"].split(","))))
+    made = with_biases_inside(with_unsigned_activations(with_8_bit_weights(with_scales_for_biases(model))))
+    onnx.checker.check_model(made, full_check=True)
+    y = run(made, tmp_path, x)
+    operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
+    assert {"QLinearConv", "QGemm"} & set(operators), operators
+    exact = run(wide(model), tmp_path, x)
+    if "p_d" in nodes:
+        exact = exact.clip(-128 * 0.04, 127 * 0.04)
+    np.testing.assert_allclose(y, exact, rtol=1e-3, atol=0.1)
