@@ -43,7 +43,6 @@ from tests.warm import LIBRARIES_OF, run_warm
 os.environ["DEEPSEEK_CACHE"] = "off"  # each test builds what it needs; tests of the cache use their own
 launcher.EXIT_TIMEOUT_S = 1  # how long Triton waits for idle connections; in tests nothing is in flight by then
 
-
 FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}  # ports of an EmbeddedServer
 
 # A test that takes one of these fixtures, or whose file has one of these names, starts a server or builds a model.
@@ -53,8 +52,7 @@ STARTING_FIXTURES |= {"built_sentence", "built_shop", "built_reranker"}
 STARTING_NAMES = {"EmbeddedServer", "FakeEndpoint", "Gateway", "Serving", "answering", "run_module", "train_model"}
 # A line of a file whose tests all do, so that `make check` need not import it: the libraries of all files take seconds.
 STARTING_LINE = re.compile(
-    rf"^(from \S+ import .*\b({'|'.join(sorted(STARTING_NAMES))})\b(?! as)|pytestmark = .*\bmark\.(server|slow)\b)",
-    re.MULTILINE,
+    rf"(?m)^(from \S+ import .*\b({'|'.join(sorted(STARTING_NAMES))})\b(?! as)|pytestmark = .*\bmark\.(server|slow)\b)"
 )
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from pathlib import Path
 
 import onnx
 import pytest
+from torch.onnx._internal.exporter._capture_strategies import TorchExportStrictStrategy
 
 from export.stages.to_onnx import export_model
 from tests.tiny_model import tiny, with_outputs
 
-pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_build")]
+pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_build", "reasons")]
+
+
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prints why the exporter's second strategy, TorchDynamo, failed: the exporter only reports the first one's error."""
+
+    def failed(strategy: TorchExportStrictStrategy, model: object, error: Exception) -> None:
+        traceback.print_exception(error, file=sys.__stderr__)
+
+    monkeypatch.setattr(TorchExportStrictStrategy, "_failure", failed)
+
 
 ENCODER = """
 def load():
