@@ -39,6 +39,8 @@ def _lost(name: str, precision: str) -> str:
     if not path.is_file():
         return ""
     choice = json.loads(path.read_text())
+    if precision not in choice["variants"]:  # the last build had one precision alone
+        return ""
     return f"{100 * choice['variants'][precision]['drop']:.2f} % of {choice['metric'].upper()} lost"
 
 
