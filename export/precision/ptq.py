@@ -23,6 +23,7 @@ from export.rows import save_arrays
 OLDEST_OPSET = 19  # the first whose Q/DQ operators take fp16 scales and fp8
 AUTOCAST_BATCHES = 4  # batches of real inputs in which AutoCast looks for values too large for fp16
 CONTROL_FLOW = ("If", "Loop", "Scan")
+_END = "~"  # behind each node's name
 
 
 @contextlib.contextmanager
@@ -124,6 +125,7 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
 
     high, known = high_nodes(path, config), _dim_names(onnx.load(path, load_external_data=False).graph)
     made = path.parent / "made.onnx"
+    betas = _with_ends(path)
     with _modelopt(config.precision):
         quantize(
             str(path),
@@ -132,7 +134,7 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
             calibration_method=config.calibration_method,
             calibration_eps=["cpu"],
             op_types_to_quantize=list(config.op_types),
-            nodes_to_exclude=_exactly(high) or None,
+            nodes_to_exclude=_exactly([f"{name}{_END}" for name in high]) or None,
             high_precision_dtype=config.high_precision,
             enable_gemv_detection_for_trt=calibration.largest_batch > 1,  # otherwise every product counts as a GEMV
             use_external_data_format=path.with_name(f"{path.name}.data").exists(),
@@ -140,5 +142,25 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
             log_level="ERROR",
         )
         model = onnx.load(made)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "beta" and node.name in betas:  # ModelOpt makes it 1
+                attribute.f = betas[node.name]
+        node.name = node.name.removesuffix(_END)
     _forget_dims(model.graph, known)
     return model
+
+
+def _with_ends(path: Path) -> dict[str, float]:
+    """Marks the end of each node's name, and returns the factor of each Gemm's bias by name.
+
+    ModelOpt skips small layers, and all whose names begin with one of theirs: a `node_linear` of 13 inputs would keep
+    `node_linear_1` wide.
+    """
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.name:
+            node.name += _END
+    onnx.save(model, path)
+    gemms = [node for node in model.graph.node if node.op_type == "Gemm"]
+    return {node.name: attribute.f for node in gemms for attribute in node.attribute if attribute.name == "beta"}

@@ -1,0 +1,49 @@
+"""ModelOpt's quantization: which layers it takes, and what it leaves of their attributes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from deepseek.quantization import QuantConfig
+from deepseek.spec import Axis
+from export.precision.calibration import Calibration
+from export.precision.ptq import qdq_from_onnx
+from export.precision.qdq import quantized_layers
+
+
+def quantized(folder: Path, nodes: str, *, keep_high: tuple[str, ...] = ()) -> onnx.ModelProto:
+    """A graph from x (batch, 8) to y, with weights u (8, 32) and w (32, 32) and the bias b."""
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
+      g (float[batch, 8] x) => (float[batch, 32] y) {{ {nodes} }}""")
+    random = np.random.default_rng(0)
+    for node in model.graph.node:
+        node.name = node.output[0]
+    for name, shape in {"u": (8, 32), "w": (32, 32), "b": (32,)}.items():
+        values = random.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    (folder / "max").mkdir()
+    onnx.save(model, folder / "max" / "model.onnx")
+    rows = [{"x": random.standard_normal((1, 8)).astype(np.float32)} for _ in range(4)]
+    config = QuantConfig.of_precision("int8", calibration_method="max", high_precision="fp32", keep_high=keep_high)
+    return qdq_from_onnx(folder / "max" / "model.onnx", config, Calibration(rows, Axis(min=1, opt=4, max=4)))
+
+
+def test_a_small_layer_does_not_keep_those_wide_whose_names_begin_with_its_own(tmp_path: Path) -> None:
+    nodes = "linear = Gemm (x, u, b) linear_1 = Gemm (linear, w, b) y = Gemm (linear_1, w, b)"
+    assert quantized_layers(quantized(tmp_path, nodes)) == {"linear_1": "Gemm", "y": "Gemm"}
+
+
+def test_a_layer_to_keep_high_is_named_as_in_the_graph(tmp_path: Path) -> None:
+    nodes = "linear = Gemm (x, u, b) linear_1 = Gemm (linear, w, b) y = Gemm (linear_1, w, b)"
+    assert quantized_layers(quantized(tmp_path, nodes, keep_high=("^linear_1$",))) == {"y": "Gemm"}
+
+
+def test_the_factor_of_a_bias_stays(tmp_path: Path) -> None:
+    model = quantized(tmp_path, "linear = Gemm (x, u, b) y = Gemm <alpha = 2.0, beta = 0.5> (linear, w, b)")
+    (gemm,) = [node for node in model.graph.node if node.name == "y"]
+    found = {attribute.name: attribute.f for attribute in gemm.attribute}
+    assert (found["alpha"], found["beta"]) == (2, pytest.approx(0.5))
