@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 
 from export.precision.cpu_pairs import with_unsigned_activations
-from export.precision.cpu_products import with_biases_inside, with_readers_apart, with_wide_attention
-from export.precision.qdq import with_8_bit_weights
+from export.precision.cpu_products import batched_weights, with_biases_inside, with_readers_apart, with_wide_attention
+from export.precision.qdq import use_one_scale_a_tensor, with_8_bit_weights
 from tests.test_cpu_pairs import STEP, optimized, pair, steps
 
 INPUTS, OUTPUTS = 8, 6
@@ -140,3 +140,21 @@ def test_a_product_of_two_activations_reads_wide_values_and_one_of_weights_its_p
     assert made["p"].input[0] == "k"
     assert made["k"].input == ["x_d", "w_d"]
     assert "k_d" not in made
+
+
+def test_weights_with_a_batch_axis_have_one_scale_and_their_product_runs_in_integers(tmp_path: Path) -> None:
+    by_channel = "<axis = 1> (w, scales, zeros) w_d = DequantizeLinear <axis = 1> (w_q, scales, zeros)"
+    model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
+      g (float[1, 3, 8] x) => (float[2, 3, 6] y)
+      <float s = {{{STEP}}}, int8 z = {{0}}> {{
+        {pair("x")} w_q = QuantizeLinear {by_channel} y = MatMul (x_d, w_d)
+      }}""")
+    weight = np.random.default_rng(0).standard_normal((2, INPUTS, OUTPUTS)).astype(np.float32)
+    scales = np.abs(weight).max((0, 2)) / 127
+    for name, values in {"w": weight, "scales": scales, "zeros": np.zeros(INPUTS, np.int8)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    use_one_scale_a_tensor(model, batched_weights(model))
+    x = steps((1, 3, 8))
+    y = run(with_unsigned_activations(with_8_bit_weights(model)), tmp_path, x)
+    assert "MatMulIntegerToFloat" in [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
+    np.testing.assert_allclose(y, x @ weight, atol=0.05)

@@ -26,7 +26,12 @@ from export.precision.calibration import Calibration
 from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
 from export.precision.cpu_biases import with_scales_for_biases
 from export.precision.cpu_pairs import pair_convolution_outputs, with_unsigned_activations
-from export.precision.cpu_products import with_biases_inside, with_readers_apart, with_wide_attention
+from export.precision.cpu_products import (
+    batched_weights,
+    with_biases_inside,
+    with_readers_apart,
+    with_wide_attention,
+)
 from export.precision.ptq import qdq_from_onnx
 from export.precision.qdq import (
     keep_residuals_wide,
@@ -141,6 +146,7 @@ def calibrate(
     if _on_cpu(config):
         pair_convolution_outputs(by_max, points["max"][max(points["max"])])
         by_max = with_wide_attention(by_max)
+        use_one_scale_a_tensor(by_max, batched_weights(by_max))
     if not config.per_channel:
         use_one_scale_a_tensor(by_max)
     if config.weight_only:

@@ -15,7 +15,7 @@ import onnx
 
 from export.precision.cpu_biases import bias_of
 from export.precision.cpu_pairs import is_relu, readers_of
-from export.precision.qdq import CARRIERS, Producers, drop_unread, producers_of, replace_nodes, with_high
+from export.precision.qdq import CARRIERS, Producers, drop_unread, pair_before, producers_of, replace_nodes, with_high
 
 _LARGEST_BIAS = 2**30  # steps; an int32 then has room for the product
 
@@ -36,6 +36,14 @@ def with_wide_attention(model: onnx.ModelProto) -> onnx.ModelProto:
         node.name for node in model.graph.node if node.op_type == "MatMul" and not any(map(is_weight, node.input))
     ]
     return with_high(model, products)
+
+
+def batched_weights(model: onnx.ModelProto) -> set[str]:
+    """Names of the weights with more than two axes in a MatMul: ONNX Runtime takes them in 8 bits with one scale each."""
+    producers, tensors = producers_of(model.graph), {tensor.name: tensor for tensor in model.graph.initializer}
+    pairs = [pair_before(node.input[1], producers)[1] for node in model.graph.node if node.op_type == "MatMul"]
+    weights = {producers[pair.input[0]].input[0] for pair in pairs if pair is not None and pair.input[0] in producers}
+    return {name for name in weights if name in tensors and len(tensors[name].dims) > 2}
 
 
 class _Product(NamedTuple):

@@ -192,11 +192,12 @@ def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
             _read_instead(subgraph, names)
 
 
-def use_one_scale_a_tensor(model: onnx.ModelProto) -> None:
-    """Gives every weight one scale: the largest of its channels' scales, since both are max |w| / 127."""
+def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | None = None) -> None:
+    """Gives these weights, or all, one scale each: the largest of the channels', since both are max |w| / 127."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    chosen = set(tensors if weights is None else weights)
     for pair in quantized_names(model).values():
-        for node in pair if pair[0].input[0] in tensors else []:
+        for node in pair if pair[0].input[0] in chosen else []:
             for axis in [attribute for attribute in node.attribute if attribute.name == "axis"]:
                 node.attribute.remove(axis)
             scale, zero = tensors[node.input[1]], tensors[node.input[2]]
