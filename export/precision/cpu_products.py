@@ -39,7 +39,7 @@ def with_wide_attention(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def batched_weights(model: onnx.ModelProto) -> set[str]:
-    """Names of the weights with more than two axes in a MatMul: ONNX Runtime takes them in 8 bits with one scale each."""
+    """Names of the weights of a MatMul with more than two axes: ONNX Runtime takes one scale for each in 8 bits."""
     producers, tensors = producers_of(model.graph), {tensor.name: tensor for tensor in model.graph.initializer}
     pairs = [pair_before(node.input[1], producers)[1] for node in model.graph.node if node.op_type == "MatMul"]
     weights = {producers[pair.input[0]].input[0] for pair in pairs if pair is not None and pair.input[0] in producers}
