@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export.precision.cpu_biases import with_scales_for_biases
-from export.precision.cpu_pairs import with_unsigned_activations
-from export.precision.cpu_products import with_biases_inside
+from export.precision.cpu.biases import with_scales_for_biases
+from export.precision.cpu.pairs import with_unsigned_activations
+from export.precision.cpu.products import with_biases_inside
 from export.precision.qdq import with_8_bit_weights
 from tests.test_cpu_pairs import optimized, pair, steps
 from tests.test_cpu_products import run, wide

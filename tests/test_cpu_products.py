@@ -9,8 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from export.precision.cpu_pairs import with_unsigned_activations
-from export.precision.cpu_products import batched_weights, with_biases_inside, with_readers_apart, with_wide_attention
+from export.precision.cpu.pairs import with_unsigned_activations
+from export.precision.cpu.products import batched_weights, with_biases_inside, with_readers_apart, with_wide_attention
 from export.precision.qdq import use_one_scale_a_tensor, with_8_bit_weights
 from tests.test_cpu_pairs import STEP, optimized, pair, steps
 

@@ -13,7 +13,7 @@ from copy import deepcopy
 import numpy as np
 import onnx
 
-from export.precision.cpu_pairs import readers_of
+from export.precision.cpu.pairs import readers_of
 from export.precision.qdq import COMPUTE_OPS, pair_before, producers_of
 
 _MOST_STEPS = 2**28  # twice as many behind a Relu, whose steps are half as large; the product needs room too

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-from export.precision.cpu_biases import bias_of
-from export.precision.cpu_pairs import is_relu, readers_of
+from export.precision.cpu.biases import bias_of
+from export.precision.cpu.pairs import is_relu, readers_of
 from export.precision.qdq import CARRIERS, Producers, drop_unread, pair_before, producers_of, replace_nodes, with_high
 
 _LARGEST_BIAS = 2**30  # steps; an int32 then has room for the product
