@@ -130,11 +130,28 @@ def test_a_convolution_before_a_clip_that_onnx_runtime_keeps_runs_in_integers(tm
     assert "QLinearConv" in served(model, tmp_path, steps((2, 8, 4, 4)))[0]
 
 
+def test_a_pooling_behind_a_convolution_and_its_relu_runs_in_8_bits(tmp_path: Path) -> None:
+    layer = "Relu ({0}) p{1} = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]>"
+    model = quantized(
+        f"""first = Conv (x_d, w0_d) r = {layer.format("first", 0)} (r) {pair("p0")}
+        second = Conv (p0_d, w1_d) t = {layer.format("second", 1)} (t) y = Identity (p1)""",
+        weights=2,
+    )
+    x = steps((2, 8, 4, 4), most=5)
+    _, wide = served(model, tmp_path, x)
+    pair_convolution_outputs(model, {"first": 4.0, "second": 30.0})
+    operators, y = served(model, tmp_path, x)
+    assert operators.count("QLinearConv") == 2
+    assert "Relu" not in operators
+    assert operators.count("DequantizeLinear") == 1  # the last one
+    assert np.abs(y - wide).mean() < 0.05
+
+
 def test_a_convolution_that_keeps_the_high_precision_has_no_pair_behind_it() -> None:
     model = block("r")
     pair_convolution_outputs(model, RANGES)
     high = with_high(model, ["second"])
     assert [node.input[0] for node in high.graph.node if node.op_type == "Add"] == ["second"]
     assert [node.input[0] for node in high.graph.node if node.op_type == "QuantizeLinear"] == [
-        *("x", "w0", "w2", "first", "sum", "third")
+        *("x", "w0", "w2", "r", "sum", "third")
     ]

@@ -70,7 +70,12 @@ def with_high(model: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProt
                     node.input[place] = nodes[-1].output[0] if carriers else source
         nodes.append(node)
     replace_nodes(copy.graph, nodes)
-    outputs = {node.output[0] for node in copy.graph.node if node.name in layers and node.op_type == "Conv"}
+    outputs: set[str] = set()  # of convolutions in `layers`, and of what follows them
+    for node in copy.graph.node:
+        if (node.op_type == "Conv" and node.name in layers) or (
+            node.op_type in ("Relu", "Clip") and node.input[0] in outputs
+        ):
+            outputs.add(node.output[0])
     _read_wide(  # the pairs of `pair_convolution_outputs`
         copy.graph, lambda node, value: value in outputs and node.op_type not in (*COMPUTE_OPS, *CARRIERS)
     )

@@ -22,32 +22,34 @@ _OF_SILU = -0.2785  # x times Sigmoid(x)
 
 
 def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]) -> None:
-    """Gives the output of each quantized convolution a pair, if a node reads it wide.
+    """Gives the output of each quantized convolution, or that of its Relu, a pair, if a node reads it wide.
 
-    ModelOpt leaves it wide before an addition or a concatenation, as TensorRT wants it. `ranges`: the magnitude that
-    127 represents, by output.
+    ModelOpt leaves it wide before an addition, a concatenation or a pooling, as TensorRT wants it. `ranges`: the
+    magnitude that 127 represents, by the convolution's output.
     """
     graph, producers, readers = model.graph, producers_of(model.graph), readers_of(model.graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
 
-    def is_read_wide(output: str) -> bool:
-        found = readers.get(output, [])
-        if len(found) == 1 and is_relu(found[0], tensors):  # ONNX Runtime drops it
-            found = readers.get(found[0].output[0], [])
-        return [node.op_type for node in found] != ["QuantizeLinear"]
+    def behind_relu(output: str) -> str:
+        """The output of a Relu that alone reads `output`; ONNX Runtime drops it before a QuantizeLinear."""
+        (relu, *others) = readers.get(output) or [onnx.NodeProto()]
+        return relu.output[0] if not others and is_relu(relu, tensors) and relu.output[0] not in outputs else output
 
     quantized = {
         node.output[0]
         for node in graph.node
         if node.op_type == "Conv" and all(pair_before(name, producers)[1] is not None for name in node.input[:2])
     }
+    values = {behind_relu(output): ranges[output] for output in sorted(quantized - outputs) if ranges.get(output)}
     pairs = {
-        output: _existing_pair(output, readers) or _new_pair(graph, output, ranges[output])
-        for output in sorted(quantized - {value.name for value in graph.output})
-        if ranges.get(output) and is_read_wide(output)
+        value: _existing_pair(value, readers)
+        or _new_pair(graph, value, magnitude, _pair_behind_pooling(value, readers))
+        for value, magnitude in values.items()
+        if [node.op_type for node in readers.get(value, [])] != ["QuantizeLinear"]
     }
     moved = {node.output[0] for pair in pairs.values() for node in pair}
-    narrow, nodes = {output: pair[1].output[0] for output, pair in pairs.items()}, []
+    narrow, nodes = {value: pair[1].output[0] for value, pair in pairs.items()}, []
     for node in graph.node:
         if node.output[0] not in moved:
             node.input[:] = [narrow.get(name, name) for name in node.input]
@@ -70,17 +72,27 @@ def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 def _existing_pair(
     output: str, readers: Mapping[str, list[onnx.NodeProto]]
 ) -> tuple[onnx.NodeProto, onnx.NodeProto] | None:
-    for quantize in readers[output]:
+    for quantize in readers.get(output, []):
         if quantize.op_type == "QuantizeLinear":
             return quantize, readers[quantize.output[0]][0]
     return None
 
 
-def _new_pair(graph: onnx.GraphProto, value: str, magnitude: float) -> tuple[onnx.NodeProto, onnx.NodeProto]:
-    """A pair with ModelOpt's names, in which 127 represents the magnitude."""
-    scale, zero = f"{value}_scale", f"{value}_zero_point"
-    graph.initializer.append(onnx.numpy_helper.from_array(np.array(magnitude / 127, np.float32), scale))
-    graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.int8), zero))
+def _pair_behind_pooling(value: str, readers: Mapping[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
+    """The QuantizeLinear of the maxima of a value; with the same scale on both sides, pooling runs in 8 bits."""
+    (pooling, *others) = readers.get(value) or [onnx.NodeProto()]
+    behind = readers.get(pooling.output[0], []) if pooling.op_type == "MaxPool" and not others else []
+    return behind[0] if [node.op_type for node in behind] == ["QuantizeLinear"] else None
+
+
+def _new_pair(
+    graph: onnx.GraphProto, value: str, magnitude: float, like: onnx.NodeProto | None
+) -> tuple[onnx.NodeProto, onnx.NodeProto]:
+    """A pair with ModelOpt's names, in which 127 represents the magnitude, or with the scale of `like`."""
+    scale, zero = like.input[1:3] if like is not None else (f"{value}_scale", f"{value}_zero_point")
+    if like is None:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(magnitude / 127, np.float32), scale))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.int8), zero))
     quantize, dequantize = (f"{value}_{operator}" for operator in ("QuantizeLinear", "DequantizeLinear"))
     return (
         onnx.helper.make_node("QuantizeLinear", [value, scale, zero], [f"{quantize}_Output"], name=quantize),
@@ -141,7 +153,7 @@ def _steps(
 def _lowest(name: str, producers: Producers, tensors: Mapping[str, onnx.TensorProto]) -> float:
     """The least value that a value may have, or minus infinity."""
     node = producers.get(name)
-    while node is not None and node.op_type in ("MaxPool", *CARRIERS):
+    while node is not None and node.op_type in ("MaxPool", "QuantizeLinear", "DequantizeLinear", *CARRIERS):
         node = producers.get(node.input[0])
     if node is None:
         return -math.inf
