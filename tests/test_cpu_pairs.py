@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from export.precision.calibration_curve import with_ranges
 from export.precision.cpu.pairs import pair_convolution_outputs, with_unsigned_activations
 from export.precision.qdq import with_8_bit_weights, with_high
 
@@ -145,6 +146,16 @@ def test_a_pooling_behind_a_convolution_and_its_relu_runs_in_8_bits(tmp_path: Pa
     assert "Relu" not in operators
     assert operators.count("DequantizeLinear") == 1  # the last one
     assert np.abs(y - wide).mean() < 0.05
+
+
+def test_the_scale_that_a_value_shares_with_its_maxima_is_changed_once() -> None:
+    pooling = "p = MaxPool <kernel_shape = [1, 1]> (r)"
+    model = quantized(f"first = Conv (x_d, w0_d) r = Relu (first) {pooling} {pair('p')} y = Identity (p_d)")
+    pair_convolution_outputs(model, {"first": 9.0, "r": 8.0})
+    halved = with_ranges(model, {"r": 4.0, "p": 4.0}, {"r": 8.0, "p": 8.0})
+    scales = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in halved.graph.initializer}
+    behind = {node.input[0]: scales[node.input[1]] for node in halved.graph.node if node.op_type == "QuantizeLinear"}
+    assert behind["r"] == behind["p"] == STEP / 2
 
 
 def test_a_convolution_that_keeps_the_high_precision_has_no_pair_behind_it() -> None:

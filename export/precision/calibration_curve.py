@@ -71,7 +71,8 @@ def ranges_by_samples(
 ) -> tuple[dict[Method, Points], float]:
     """Ranges after 8, 16, 32, ... and all samples, by method; and the growth.
 
-    They are of the activations that compute operators read; with `convolutions`, also of what convolutions return.
+    They are of the activations that compute operators read; with `convolutions`, also of what convolutions, and a Relu
+    behind one, return.
 
     Past `MOST_GROWTH`, entropy is left out: it would take too long. `path` is the fp32 graph; a copy of it
     is written beside it, so that external weights are found.
@@ -97,7 +98,9 @@ def _activations(path: Path, convolutions: bool) -> Callable[[Row], Row]:
     graph = model.graph
     read = {name for node in graph.node if node.op_type in COMPUTE_OPS for name in node.input[:2]}
     if convolutions:
-        read |= {node.output[0] for node in graph.node if node.op_type == "Conv"}
+        returned = {node.output[0] for node in graph.node if node.op_type == "Conv"}
+        functions = [node for node in graph.node if node.op_type in ("Relu", "Clip")]
+        read |= returned | {node.output[0] for node in functions if node.input[0] in returned}
     made = producers_of(graph)
     graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in sorted(read & made.keys() - {value.name for value in graph.output})
@@ -128,7 +131,8 @@ def with_ranges(model: onnx.ModelProto, ranges: Mapping[str, float], final: Mapp
     tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
     for name, pair in quantized_names(copy).items():
         if ranges.get(name) and final.get(name):
-            for tensor in {node.input[1]: tensors[node.input[1]] for node in pair}.values():
+            # A value and its maxima share a scale (`pair_convolution_outputs`): each is changed once.
+            for tensor in [tensors.pop(scale) for scale in {node.input[1] for node in pair} if scale in tensors]:
                 scale = onnx.numpy_helper.to_array(tensor)
                 scale = (scale * (ranges[name] / final[name])).astype(scale.dtype)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(scale, tensor.name))

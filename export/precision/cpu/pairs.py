@@ -25,7 +25,7 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
     """Gives the output of each quantized convolution, or that of its Relu, a pair, if a node reads it wide.
 
     ModelOpt leaves it wide before an addition, a concatenation or a pooling, as TensorRT wants it. `ranges`: the
-    magnitude that 127 represents, by the convolution's output.
+    magnitude that 127 represents, by output.
     """
     graph, producers, readers = model.graph, producers_of(model.graph), readers_of(model.graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -41,7 +41,11 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
         for node in graph.node
         if node.op_type == "Conv" and all(pair_before(name, producers)[1] is not None for name in node.input[:2])
     }
-    values = {behind_relu(output): ranges[output] for output in sorted(quantized - outputs) if ranges.get(output)}
+    values = {
+        value: ranges.get(value) or ranges[output]
+        for output in sorted(quantized - outputs)
+        if ranges.get(output) and (value := behind_relu(output))
+    }
     pairs = {
         value: _existing_pair(value, readers)
         or _new_pair(graph, value, magnitude, _pair_behind_pooling(value, readers))
