@@ -1,4 +1,4 @@
-"""Scales of weights on a CPU: the bias of a channel whose weights are 0, or next to it, is added as it is."""
+"""Scales of weights on a CPU: the bias of a channel whose weights are 0, or next to it, is added unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHANNELS = 6
 
 
 def graph(nodes: str, *, shape: str, weights: tuple[int, ...], axis: int) -> onnx.ModelProto:
-    """A graph from x to y, with a pair of x, and one by channel of the weight w."""
+    """A graph from x to y. x has a pair, and the weight w has a pair with a scale for each channel."""
     axes = ", ".join(f"axis_{place}" for place in range(len(shape.split(","))))
     by_channel = f"<axis = {axis}> (w, scales, zeros) w_d = DequantizeLinear <axis = {axis}> (w_q, scales, zeros)"
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>

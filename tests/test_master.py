@@ -45,7 +45,7 @@ def started(folder: Path, **its: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_replacement_worker_sends_the_share_of_the_lost_one(tmp_path: Path) -> None:
-    run = started(tmp_path, url="its-name-of-the-server:8001", inputs="/its/copy.npz")
+    run = started(tmp_path, url="its-name-of-the-server:8001", inputs="/its/copy.npz", target="tensorrt")
     assert json.loads(run.stdout) == [["begin", "a", 0, 3], ["begin", "b", 1, 3], ["begin", "d", 2, 3]], run.stderr
 
 

@@ -109,7 +109,7 @@ class Sources:
 
 @cache
 def _files_of_repository(name: str) -> tuple[tuple[Path, str], ...]:
-    """Of a module of this repository, whose files stay where they are while it runs."""
+    """The files of a module of this repository. They stay where they are while it runs."""
     return _files_below(ROOT, name, 0)
 
 

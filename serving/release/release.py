@@ -108,7 +108,7 @@ class Release:
             self.journal.withdraw(self.model, self.number, back_to=self.before, outcome="refused")
             said = self.live.back(self.before)
             self.journal.write(step="taken back", state="holds", said=said)
-            if "serves" not in said:
+            if self.live.look()[0] != self.before:
                 print(f"note: {said}", file=sys.stderr, flush=True)
 
     def _settle(self, outcome: Outcome) -> None:

@@ -56,7 +56,7 @@ def with_scales_for_biases(model: onnx.ModelProto) -> onnx.ModelProto:
 def bias_of(
     node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], outputs: Collection[str]
 ) -> tuple[str, str]:
-    """The name of a layer's bias, "" if it has none, and that of the sum with it; a MatMul has an Add behind it."""
+    """The names of a layer's bias ("" if it has none) and of the sum with it. A MatMul has an Add behind it."""
     output = node.output[0]
     found = readers.get(output, [])
     if node.op_type == "MatMul" and output not in outputs and [each.op_type for each in found] == ["Add"]:

@@ -41,15 +41,11 @@ def pair_convolution_outputs(model: onnx.ModelProto, ranges: Mapping[str, float]
         for node in graph.node
         if node.op_type == "Conv" and all(pair_before(name, producers)[1] is not None for name in node.input[:2])
     }
-    values = {
-        value: ranges.get(value) or ranges[output]
-        for output in sorted(quantized - outputs)
-        if ranges.get(output) and (value := behind_relu(output))
-    }
+    values = {behind_relu(output): output for output in sorted(quantized - outputs) if ranges.get(output)}
     pairs = {
         value: _existing_pair(value, readers)
-        or _new_pair(graph, value, magnitude, _pair_behind_pooling(value, readers))
-        for value, magnitude in values.items()
+        or _new_pair(graph, value, ranges.get(value) or ranges[output], _pair_behind_pooling(value, readers))
+        for value, output in values.items()
         if [node.op_type for node in readers.get(value, [])] != ["QuantizeLinear"]
     }
     moved = {node.output[0] for pair in pairs.values() for node in pair}

@@ -58,7 +58,7 @@ class _Product(NamedTuple):
     bias: np.ndarray[Any, Any]
     """In steps, int32."""
     step: np.ndarray[Any, Any]
-    """By output: the step of the activation times that of the weights."""
+    """By output: the step of the activation times the step of the weights."""
 
 
 def with_biases_inside(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -37,7 +37,7 @@ from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
 START_DELAY_S = 0.5
 DISTRIBUTED_START_DELAY_S = 2.0
 ALONE = "local"  # Locust's name for the only process
-OF_THE_MACHINE = ("models", "inputs", "url", "route", "ca_cert", "priority")
+OF_THE_MACHINE = ("models", "inputs", "url", "route", "ca_cert", "priority", "target")  # the target only judges
 Rows = list[list[dict[str, Any]]]  # one list for each part
 
 
@@ -159,7 +159,7 @@ class Master:
 
 
 def shared(part: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a master and its workers share: all but addresses and paths, which differ by machine."""
+    """The settings that a master and its workers share: all but those that may differ by machine, such as paths."""
     replay = part["replay"] and {name: value for name, value in part["replay"].items() if name != "file"}
     return {name: value for name, value in part.items() if name not in OF_THE_MACHINE} | {"replay": replay}
 
