@@ -27,10 +27,10 @@ def _first(make: bool) -> Iterator[str]:
     yield "make TARGET [VARIABLE=value ...]" if make else "deepseek COMMAND [--option value ...]"
     yield ""
     for command in COMMANDS:
-        if command.newcomer:
+        if command.in_short_help:
             yield f"  {command.name:<12} {command.help}"
             yield f"  {'':<12} {(as_make(command, 0) if make else command.examples[0]).partition('#')[0].rstrip()}"
-    names = [command.name for command in COMMANDS if not command.newcomer and command.group not in HIDDEN]
+    names = [command.name for command in COMMANDS if not command.in_short_help and command.group not in HIDDEN]
     yield ""
     yield from wrap(f"More: {', '.join(names)}", WIDTH, subsequent_indent="      ")
     yield f"{'make help-all' if make else 'deepseek --all'} lists all. {_HELP_OF_ONE[make]}"

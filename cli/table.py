@@ -40,7 +40,7 @@ class Command:
     """More text for the help page."""
     aliases: tuple[str, ...] = ()
     """Former names."""
-    newcomer: bool = False
+    in_short_help: bool = False
     """Listed by `make` and `deepseek`, with the first example; --all and `make help-all` list all commands."""
     flags_variable: str = ""
     """A variable with further flags, such as `PLAN='--json'`."""

@@ -15,7 +15,7 @@ from deepseek.spec import InputError
 from export import build, cache, clean
 from export.artifact import weights_path
 from export.pipeline import Stage
-from serving.stack.env_file import OWN, WRITTEN
+from serving.stack.write_env_file import OWN, WRITTEN
 from tests.test_pipeline import CHOSEN, DEPLOY, GRAPHS, MEASURE, SELECT, Run, engine, options_of, tiny
 
 __all__ = ["engine", "tiny"]  # fixtures

@@ -18,7 +18,7 @@ from deepseek.spec import InputError
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
-from serving.stack.env_settings import CPU_FILES, GPU_FILES
+from serving.stack.read_env_file import CPU_FILES, GPU_FILES
 from tests.conftest import RunHere, write_add_one
 from tests.test_embedded import damage
 

@@ -29,8 +29,8 @@ from serving.observe.recording_rules import Scope
 from serving.repository.served_models import served_models
 from serving.stack.api_keys import digest
 from serving.stack.certificate import ensure_certificate
-from serving.stack.env_settings import GPU_FILES
 from serving.stack.gateway_limits import gateway_sizes, limits
+from serving.stack.read_env_file import GPU_FILES
 from serving.stack.server_sizes import OPENAI_MIB, REST_S, server_sizes
 from tests.conftest import write_add_one
 from tests.manifests import build, check_schema, committed, container_of, find, pod_of

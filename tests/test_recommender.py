@@ -16,7 +16,8 @@ from deepseek.spec import InputError
 from deepseek.vocabulary import Vocabulary
 from models.recommender import data, model, recipe
 from models.recommender.data import HISTORY, TOP, Interactions
-from models.recommender.model import NextItem, Recommender, transformer_config
+from models.recommender.model import NextItem, Recommender
+from models.recommender.recipe import transformer_config
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.server]
 

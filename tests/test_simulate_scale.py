@@ -33,7 +33,9 @@ CURVE = ServiceCurve(
     saturation_rps=1200,
     capacity_rps=1000,
 )
-SETTINGS = ClusterSettings(p99_limit_ms=60, pod_start_s=60, node_start_s=120, node_idle_s=600, pods_per_node=4)
+SETTINGS = ClusterSettings(
+    p99_limit_ms=60, queue_timeout_ms=200, pod_start_s=60, node_start_s=120, node_idle_s=600, pods_per_node=4
+)
 
 
 def scaler(target: float = 1.0, **bounds: Any) -> Autoscaler:

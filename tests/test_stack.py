@@ -22,11 +22,11 @@ from deepseek.spec.files.image_tag import image_tag
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack import stack
-from serving.stack.env_file import OWN
-from serving.stack.env_settings import setting_before
 from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
+from serving.stack.read_env_file import setting_before
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
+from serving.stack.write_env_file import OWN
 from tests.conftest import write_add_one
 from tests.failing_servers import sign_itself
 

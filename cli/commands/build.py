@@ -63,7 +63,7 @@ ROWS = (
             "deepseek engine --explain",
             "deepseek engine --model minilm --precision int8 --prune 0.25",
         ),
-        newcomer=True,
+        in_short_help=True,
     ),
     Command(
         "clean",

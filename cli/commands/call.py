@@ -37,7 +37,7 @@ ROWS = (
             "deepseek infer --history 50,181,174 --exclude 172 --k 5",
             "deepseek infer --protocol http --json",
         ),
-        newcomer=True,
+        in_short_help=True,
     ),
     Command(
         "metadata",

@@ -38,7 +38,7 @@ FIRST = (
         "go from nothing to a verdict: build, serve, infer, parity, load test, report",
         options=_of_a_demo((*_OPTIONS["engine"], *_OPTIONS["serve"], *_STEPS)),
         examples=("deepseek demo", "deepseek demo --model minilm --duration-s 10"),
-        newcomer=True,
+        in_short_help=True,
     ),
 )
 INSIDE = (

@@ -22,7 +22,7 @@ ROWS = (
         options=WORDS,
         flags_variable="ARGS",
         examples=("deepseek test", "deepseek test -- -k verdict"),
-        newcomer=True,
+        in_short_help=True,
     ),
     Command(
         "test-all",

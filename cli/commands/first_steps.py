@@ -32,7 +32,7 @@ ROWS = (
             "deepseek new photos",
             "deepseek new words --from text --models ../models",
         ),
-        newcomer=True,
+        in_short_help=True,
     ),
     Command(
         "import",

@@ -79,7 +79,7 @@ ROWS = (
             "deepseek loadtest --url triton:8001 --rate 5000 --remote-workers 4 --worker-of here.example.com",
         ),
         notes="Exit codes: 0 valid measurement, 2 bad input, 3 the load generator was the limit.",
-        newcomer=True,
+        in_short_help=True,
     ),
     Command(
         "verdict",
@@ -98,7 +98,7 @@ ROWS = (
             "deepseek verdict --run build/recommender/loadtests/2026-11-25T12-55-13.042Z --json",
         ),
         notes="Exit codes: 0 every objective holds, 1 one is violated, 2 bad input, 3 invalid or inconclusive.",
-        newcomer=True,
+        in_short_help=True,
     ),
     Command(
         "report",

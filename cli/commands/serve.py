@@ -94,7 +94,7 @@ ROWS = (
         notes="--http-port 0 picks a free port. Exit codes: the command's, else 0; 1 the server ended by itself, "
         "or no version of a model can be served; 2 it cannot start with this input.",
         keeps_environment=True,
-        newcomer=True,
+        in_short_help=True,
     ),
     Command(
         "doctor",

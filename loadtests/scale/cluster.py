@@ -16,7 +16,7 @@ service curve stands for the arrivals within a tick.
 
 Example:
     scaler = Autoscaler(target=0.3, min_replicas=2, max_replicas=20)
-    day = replay(rates, curve, "queue", scaler, ClusterSettings(p99_limit_ms=80))
+    day = replay(rates, curve, "queue", scaler, settings)
     day.late_share, day.node_hours
 """
 
@@ -46,13 +46,13 @@ START_SHARE = 0.7  # of the capacity: the load of the pods at the first tick
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings:
     p99_limit_ms: float
-    queue_timeout_ms: float = 200.0
+    queue_timeout_ms: float
     """Triton refuses a request after this time in the queue."""
-    pod_start_s: float = 60.0
-    node_start_s: float = 120.0
-    node_idle_s: float = 600.0
+    pod_start_s: float
+    node_start_s: float
+    node_idle_s: float
     """A node without pods is removed after this time: scale-down-unneeded-time of the cluster autoscaler."""
-    pods_per_node: int = 4
+    pods_per_node: int
 
 
 @dataclass(kw_only=True)

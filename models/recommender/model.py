@@ -40,7 +40,7 @@ from deepseek.training import train_model
 from deepseek.transformer import MASKED, Transformer
 from models.recommender import data
 from models.recommender.data import EXCLUDED, HISTORY, PADDING, SPEC, TOP, Interactions, Rows
-from models.recommender.recipe import HIDDEN_SIZE, Windows, finetuning_config, training_config
+from models.recommender.recipe import Windows, finetuning_config, training_config, transformer_config
 
 CALIBRATION_ROWS = 1024
 SAMPLE_EXCLUDED = 8  # of a row of samples()
@@ -49,23 +49,6 @@ CUTOFF = 10  # rank limit of the metrics
 UNPRUNED_SHARE = 0.7  # weight of the unpruned model's predictions in a pruned model's loss; the rest: the items
 
 Arrays = Mapping[str, np.ndarray]
-
-
-def transformer_config(num_items: int) -> TransformerConfig:
-    """The model's sizes: small on purpose, for a catalogue of some thousand items."""
-    return TransformerConfig.of_any_size(
-        num_layers=2,
-        hidden_size=HIDDEN_SIZE,
-        num_attention_heads=2,
-        intermediate_size=192,
-        vocab_size=num_items + 1,
-        max_length=HISTORY,
-        padding_id=PADDING,
-        causal=True,
-        embedding_dropout=0.3,
-        attention_dropout=0.0,
-        ffn_dropout=0.3,
-    )
 
 
 class Recommender(nn.Module):

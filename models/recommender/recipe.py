@@ -1,4 +1,4 @@
-"""How the recommender is trained: settings that fit the available memory, and the training windows.
+"""The recommender's sizes, and how it is trained: settings that fit the available memory, and the training windows.
 
 Contract: a step always has the same number of histories. If their logits would take too much memory, because the
 catalogue is large, the step is split into several batches; for MovieLens it never is.
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deepseek.config import TrainingConfig
+from deepseek.config import TrainingConfig, TransformerConfig
 from deepseek.spec import InputError
 from deepseek.training.memory import limit_bytes
 from models.recommender import data
-from models.recommender.data import HISTORY, Interactions
+from models.recommender.data import HISTORY, PADDING, Interactions
 
 HIDDEN_SIZE = 96  # width of the model, and so of an item's vector
 # Tensors of the size of the logits that exist at once (measured with deepseek.sizing.model.live_memory), in training
@@ -33,6 +33,23 @@ SETTINGS = TrainingConfig(
     ema_decay=0.99,
     early_stopping_patience=5,
 )
+
+
+def transformer_config(num_items: int) -> TransformerConfig:
+    """The model's sizes: small on purpose, for a catalogue of some thousand items."""
+    return TransformerConfig.of_any_size(
+        num_layers=2,
+        hidden_size=HIDDEN_SIZE,
+        num_attention_heads=2,
+        intermediate_size=192,
+        vocab_size=num_items + 1,
+        max_length=HISTORY,
+        padding_id=PADDING,
+        causal=True,
+        embedding_dropout=0.3,
+        attention_dropout=0.0,
+        ffn_dropout=0.3,
+    )
 
 
 def training_config(seed: int, num_items: int) -> TrainingConfig:

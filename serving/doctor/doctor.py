@@ -21,7 +21,7 @@ from serving.doctor.engine_checks import ServedEngine
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.doctor.machine_checks import mib
-from serving.stack.env_settings import gpu_stack_tag
+from serving.stack.read_env_file import gpu_stack_tag
 
 
 def _print_table(engines: list[ServedEngine], machine: Machine) -> None:

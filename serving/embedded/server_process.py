@@ -13,15 +13,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from deepseek.spec.children import ends_with_us
-from serving.embedded.triton_log import CrashDetector
+from serving.embedded.triton_log import CrashDetector, copy_log
 from serving.embedded.wheel import scratch_place
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -84,25 +82,14 @@ class ServerProcess:
         self._cleaner.stdin.write(f"{self.popen.pid}\n".encode())
         self._cleaner.stdin.flush()
         if self.popen.stdout is not None:
-            self._echo = threading.Thread(target=self._copy_log, args=(self.popen.stdout,), daemon=True)
+            copied = (self.popen.stdout, self.log_path, self.crashed, self.ready)
+            self._echo = threading.Thread(target=copy_log, args=copied, daemon=True)
             self._echo.start()
         return self.popen
 
     def poll(self) -> int | None:
         """The exit status of a server that ended by itself; None while it runs or before the start."""
         return None if self.popen is None else self.popen.poll()
-
-    def _copy_log(self, lines: IO[bytes]) -> None:
-        """Copies the log to standard output, and to the file only until the server is up, so that it does not grow."""
-        with lines, self.log_path.open("ab") as log:
-            for line in lines:
-                self.crashed.read(line)
-                with contextlib.suppress(OSError):  # the reader has gone: the server keeps running
-                    sys.stdout.buffer.write(line)
-                    sys.stdout.buffer.flush()
-                if not self.ready.is_set():
-                    log.write(line)
-                    log.flush()
 
     def end(self) -> None:
         """Lets requests in flight finish, then ends the server and its stubs."""

@@ -1,11 +1,14 @@
-"""Reads Triton's log: why a model did not load, and why the server ended, each in one line."""
+"""Copies and reads Triton's log: why a model did not load, and why the server ended, each in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import signal
+import sys
+import threading
 from pathlib import Path
+from typing import IO
 
 # Triton writes this before its stack trace, which takes a minute if the cores are busy.
 CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGSEGV)
@@ -44,6 +47,19 @@ class CrashDetector:
             self._read += added.rfind(b"\n") + 1  # an unfinished line is read again
             self._seen = self._seen or CRASHED.search(added) is not None
         return self._seen
+
+
+def copy_log(lines: IO[bytes], log_path: Path, crashed: CrashDetector, ready: threading.Event) -> None:
+    """Copies the log to standard output, and to the file only until the server is up, so that it does not grow."""
+    with lines, log_path.open("ab") as log:
+        for line in lines:
+            crashed.read(line)
+            with contextlib.suppress(OSError):  # the reader has gone: the server keeps running
+                sys.stdout.buffer.write(line)
+                sys.stdout.buffer.flush()
+            if not ready.is_set():
+                log.write(line)
+                log.flush()
 
 
 def failure(log_path: Path, status: int) -> str:

@@ -40,9 +40,9 @@ from serving.observe.recording_rules import Scope
 from serving.repository.archive import pack
 from serving.repository.checks import MANIFEST
 from serving.repository.served_models import MIB, ServedModel, served_models
-from serving.stack.env_settings import gpu_stack_tag
 from serving.stack.gateway_folder import gateway_folder
 from serving.stack.gateway_limits import gateway_sizes, limits
+from serving.stack.read_env_file import gpu_stack_tag
 from serving.stack.refresh import folders_of, source_of
 from serving.stack.server_sizes import server_sizes
 

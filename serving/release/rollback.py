@@ -23,7 +23,7 @@ from serving.release.journal import ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options, needs_restart
 from serving.release.step_runner import StepRunner, refresh_stack
 from serving.release.versions import newest, previous_intact
-from serving.stack.env_settings import running_gateway
+from serving.stack.read_env_file import running_gateway
 
 
 class Rollback:

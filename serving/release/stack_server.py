@@ -21,7 +21,7 @@ from deepseek.spec.files.folders import let_all_read
 from deepseek.targets import TARGETS
 from serving.embedded.model_control import is_ready
 from serving.embedded.ports import ReservedPorts
-from serving.stack.env_settings import GPU_FILES, setting_before
+from serving.stack.read_env_file import GPU_FILES, setting_before
 
 ALONE_FILE = "docker/compose.tune.yaml"
 SCRIPT = "docker/stack-server.sh"

@@ -1,7 +1,7 @@
 """The command `stack`: what `docker compose up` needs to serve a repository.
 
 Contract: reads the repository and each model's `deploy.toml`, from --models or from where the last build had it. Writes
-the env file (`serving.stack.env_file`), a certificate and `limits.conf` in the gateway's folder
+the env file (`serving.stack.write_env_file`), a certificate and `limits.conf` in the gateway's folder
 (`serving.stack.gateway_limits`), and in `observe/` beside it Prometheus's rules, Grafana's dashboard and a copy of
 `docker/observe/`. Engines that need a GPU get NVIDIA's Triton, all others the embedded one.
 """
@@ -21,10 +21,10 @@ from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.observe.alerts import RUNBOOK
 from serving.repository.served_models import ServedModel, served_models
 from serving.stack.certificate import give
-from serving.stack.env_file import environment, write_env_file
-from serving.stack.env_settings import gpu_stack_tag, setting_before
 from serving.stack.gateway_folder import ensure_folder, gateway_folder, observe_folder, results_folder, source_file
+from serving.stack.read_env_file import gpu_stack_tag, setting_before
 from serving.stack.refresh import folders_of, source_of, write_limits, write_observed, write_settings
+from serving.stack.write_env_file import environment, write_env_file
 
 PROJECT = "deepseek"
 GATEWAY_PORT = 8443

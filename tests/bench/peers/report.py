@@ -161,11 +161,11 @@ def _goals(run: Run, name: str) -> Iterator[Judged]:
             continue
         label = f"{title}: share refused or failed, 32 in flight, {TITLES[server]}"
         yield Judged(name=label, values=[load.failed for load in result.closed], goal=Goal(most=0))
-    if default := mine.get(FP32):
-        yield from _throughput_goals(run, name, default, peers)
+    for server, result in mine.items():
+        yield from _throughput_goals(run, name, result, peers)
         if triton := peers.get(TRITON):
-            ours, theirs = ([load.answered_p99_ms for load in one.closed] for one in (default, triton))
-            label = f"{title}: p99 of those answered, 32 in flight, over stock Triton's, fp32"
+            ours, theirs = ([load.answered_p99_ms for load in one.closed] for one in (result, triton))
+            label = f"{title}: p99 of those answered, 32 in flight, over stock Triton's, {OURS[server]}"
             yield Judged(name=label, values=_over(ours, theirs), goal=Goal(most=0.8), peer=TRITON)
     for place, share, limits in ((1, "70 %", (0.6, 0.4)), (0, "50 %", (0.8, 0.6))):
         keeping_up = {peer: p99s for peer, result in peers.items() if (p99s := result.p99s(place))}
@@ -176,16 +176,16 @@ def _goals(run: Run, name: str) -> Iterator[Judged]:
                     yield Judged(name=label, values=_over(p99s, keeping_up[best]), goal=Goal(most=most), peer=best)
 
 
-def _throughput_goals(run: Run, name: str, default: Result, peers: Mapping[str, Result]) -> Iterator[Judged]:
-    title, is_small = WORKLOAD_TITLES[name], name == RECOMMENDER
-    if run.apart or not is_small:
+def _throughput_goals(run: Run, name: str, ours: Result, peers: Mapping[str, Result]) -> Iterator[Judged]:
+    title, precision, is_small = WORKLOAD_TITLES[name], OURS[ours.server], name == RECOMMENDER
+    if ours.server == FP32 and (run.apart or not is_small):  # raw is fp32
         goal = Goal(least=0.6 if is_small else 0.95 if run.apart else 0.92)
-        yield Judged(name=f"{title}: requests/s over raw, fp32", values=run.over_raw(default), goal=goal)
+        yield Judged(name=f"{title}: requests/s over raw, {precision}", values=run.over_raw(ours), goal=goal)
     if best := max(peers, key=lambda peer: statistics.median(run.over_raw(peers[peer])), default=None):
-        ratios, which = _over(run.over_raw(default), run.over_raw(peers[best])), ""
+        ratios, which = _over(run.over_raw(ours), run.over_raw(peers[best])), ""
         if not is_small:  # a peer is ahead beyond the noise if it is ahead in every round
             ratios, which = [max(ratios)], ", best round"
-        label = f"{title}: requests/s over the best peer's, fp32{which}"
+        label = f"{title}: requests/s over the best peer's, {precision}{which}"
         yield Judged(name=label, values=ratios, goal=Goal(least=1.5 if is_small else 1), peer=best)
 
 
