@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ from pathlib import Path
 from deepseek.precisions import Precision
 from deepseek.spec import InputError, build_dir
 from deepseek.spec.children import ends_with_us
-from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.targets import PUBLISHABLE
 from export.artifact import choice_path, pruned_path, pruning_path, refusal
 from export.cache import STAGE_KEYS, limit_bytes, predicted
@@ -182,34 +181,13 @@ def _change(name: str, before: str | None, now: str | None) -> str:
     return f"{name} changed" + (f" from {before} to {now}" if max(len(before), len(now)) < 40 else "")
 
 
-@contextlib.contextmanager
-def alone_in_build(model: str) -> Iterator[int]:
-    """Allows one build at a time in a model's folder. Stages inherit the lock, so it ends with the last process."""
-    folder = build_dir(model)
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"engine    waiting for another build in {folder}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat()):
-            break
-        os.close(lock)  # `clean` removed the folder while this build waited
-    try:
-        yield lock
-    finally:
-        os.close(lock)
-
-
 def build(options: argparse.Namespace, publish: bool = True) -> Plan:
     """Builds what `options` ask for, through precision selection; with `publish`, also into the repository."""
     plan = plan_of(options)
     if publish and plan.not_tensorrt:
         print(f"engine    target {plan.target}, not tensorrt: {plan.not_tensorrt}", flush=True)
     limit_bytes()  # a wrong size ends the build before its first stage
-    with alone_in_build(plan.model) as lock:
+    with alone_in(build_dir(plan.model)) as lock:  # the stages inherit it
         install(plan.folder, *([INSIDE] if plan.compiler == "inside" else ()))
         builder = Builder(plan)
         _drop_pruned(plan)
@@ -229,7 +207,7 @@ def published_stages(plan: Plan, options: argparse.Namespace) -> Iterator[Stage]
 
 def build_graphs(plan: Plan, precisions: list[Precision]) -> None:
     """Builds only the graphs of a model, for `deepseek check-engine`."""
-    with alone_in_build(plan.model) as lock:
+    with alone_in(build_dir(plan.model)) as lock:  # the stages inherit it
         install(plan.folder)
         _drop_pruned(plan)
         Builder(plan).run(list(graph_stages(plan, precisions)), lock)

@@ -11,9 +11,8 @@ import shutil
 from pathlib import Path
 
 from deepseek.spec import build_dir
-from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.files.repository import model_folders
-from export.build import alone_in_build
 
 OURS = ("# Yours: ", "# Written by make engine")
 CHOICES = ("COMPOSE_PROJECT_NAME=", "GATEWAY_PORT=", "LOCAL_PORTS=")
@@ -35,7 +34,7 @@ def remove_env_file(path: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    with alone_in_build(options.model):
+    with alone_in(build_dir(options.model)):
         shutil.rmtree(Path(options.repository) / options.model, ignore_errors=True)
         shutil.rmtree(build_dir(options.model), ignore_errors=True)
         if model_folders(Path(options.repository)):

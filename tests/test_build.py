@@ -12,6 +12,7 @@ from queue import SimpleQueue
 import pytest
 
 from deepseek.spec import InputError
+from deepseek.spec.files.folders import alone_in
 from export import build, cache, clean
 from export.artifact import weights_path
 from export.pipeline import Stage
@@ -88,12 +89,12 @@ def test_a_second_build_of_a_folder_waits_and_so_does_clean(
     engine()
     graph = tiny / "build" / "tiny" / "fp16" / "model.onnx"
     said: SimpleQueue[str] = SimpleQueue()
-    monkeypatch.setattr(build, "print", lambda text, **_: said.put(text), raising=False)
+    monkeypatch.setattr("deepseek.spec.files.folders.print", lambda text, **_: said.put(text), raising=False)
     for command, left in ((engine, True), (lambda: clean.main(options_of(tiny)), False)):
         other = threading.Thread(target=command)
-        with build.alone_in_build("tiny"):
+        with alone_in(tiny / "build" / "tiny"):
             other.start()
-            assert "waiting for another build" in said.get()
+            assert "waiting for another process" in said.get()
             assert graph.exists()
         other.join()
         assert graph.exists() is left
@@ -110,7 +111,7 @@ def test_a_build_that_waited_for_clean_locks_the_new_folder(tiny: Path, monkeypa
         locked.append(os.fstat(lock).st_ino)
 
     monkeypatch.setattr("fcntl.flock", replaced)
-    with build.alone_in_build("tiny"):
+    with alone_in(folder):
         assert locked == [(tiny / "removed").stat().st_ino, folder.stat().st_ino]
 
 

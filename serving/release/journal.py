@@ -9,7 +9,6 @@ Only one release or rollback of a model runs at a time. `serving.release.history
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import os
@@ -20,8 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from deepseek.spec import InputError
-from deepseek.spec.files.folders import time_name, write_whole
+from deepseek.spec.files.folders import alone_in, time_name, write_whole
 from deepseek.spec.files.released import JOURNAL, WITHDRAWN, releases_dir
 from serving.release.versions import move_out
 from serving.repository.checks import MANIFEST
@@ -42,15 +40,8 @@ def exclusive(model: str) -> Iterator[Path]:
     except OSError:  # a rollback works without it; a release fails when it begins its journal
         yield folder
         return
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another release or rollback of {model} is under way in {folder}; wait for it") from None
+    with alone_in(folder, refusal=f"another release or rollback of {model} is under way in {folder}; wait for it"):
         yield folder
-    finally:
-        os.close(lock)
 
 
 class ReleaseJournal:

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from deepseek.spec.command import InputError
+
 SCRATCH = ".scratch-"  # prefix of the names of unfinished folders
 TIME, TIME_NAME = "%Y-%m-%dT%H-%M-%S.%f", re.compile(r"(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d\.\d{3})Z")
 
@@ -139,15 +141,25 @@ def let_all_read(place: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Lets one process at a time into `folder`, which it creates; the next one says that it waits, and waits."""
-    folder.mkdir(parents=True, exist_ok=True)
+def alone_in(folder: Path, *, refusal: str = "") -> Iterator[int]:
+    """Lets one process at a time into `folder`, which it creates; the next one says that it waits, and waits.
+
+    With `refusal` it raises InputError with that text instead. Yields the descriptor of the lock, which lasts until the
+    last process that inherits it ends.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _lock(folder, fcntl.LOCK_NB)
+        except BlockingIOError:
+            if refusal:
+                raise InputError(refusal) from None
+            print(f"waiting for another process in {folder}", file=sys.stderr, flush=True)
+            lock = _lock(folder)
+        if folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat()):
+            break
+        os.close(lock)  # the other process removed the folder
     try:
-        lock = _lock(folder, fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for another process in {folder}", file=sys.stderr, flush=True)
-        lock = _lock(folder)
-    try:
-        yield
+        yield lock
     finally:
         os.close(lock)
