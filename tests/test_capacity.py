@@ -59,16 +59,16 @@ def test_exit_code_and_sentence(facts: dict[str, Any], code: int, sentence: str)
 def test_a_result_reads_back_and_a_broken_one_gives_a_one_line_error(tmp_path: Path) -> None:
     capacity, path = Capacity(**HEAD, **FOUND, trials=(trial(2, "fails", p99_ms=None),)), tmp_path / "capacity.json"
     capacity.save(path)
-    assert Capacity.load(path) == capacity
+    assert Capacity.load(path, "tiny") == capacity
     assert [each.name for each in tmp_path.iterdir()] == ["capacity.json"]
     path.write_text(capacity.model_dump_json().replace('"fails"', '"wins"'))
     with pytest.raises(InputError, match=r"trials\.0\.outcome: seen 'wins'.*make capacity"):
-        Capacity.load(path)
+        Capacity.load(path, "tiny")
     path.write_text(capacity.model_dump_json().replace('"capacity_rps":95.0', '"capacity_rps":0'))
     with pytest.raises(InputError, match=r"capacity_rps: seen 0.*make capacity"):
-        Capacity.load(path)
-    with pytest.raises(InputError, match="no such file; make it with: make capacity"):
-        Capacity.load(tmp_path / "absent.json")
+        Capacity.load(path, "tiny")
+    with pytest.raises(InputError, match="no such file; make it with: make capacity MODEL=tiny"):
+        Capacity.load(tmp_path / "absent.json", "tiny")
 
 
 def test_the_search_starts_at_the_lowest_rate_of_the_slo() -> None:
@@ -129,7 +129,7 @@ def test_the_command_measures_a_real_server(
     assert capacity.trials[1].rate_rps <= 50
     assert (capacity.settings.max_batch, capacity.settings.instances) == (1, 1)
     assert capacity.machine["cores"]
-    assert Capacity.load(tmp_path / "tiny" / "capacity.json") == capacity
+    assert Capacity.load(tmp_path / "tiny" / "capacity.json", "tiny") == capacity
     assert "requests/s" in (tmp_path / "tiny" / "capacity.html").read_text()
     assert not (tmp_path / "tiny" / "loadtests").exists()  # `deepseek verdict` judges the latest there
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,8 @@ def test_a_damaged_run_gives_a_one_line_error(tmp_path: Path, file: str, old: st
     damage(tmp_path, file, old, new)
     with pytest.raises(InputError, match=message):
         Run.load(tmp_path)
+    with pytest.raises(InputError, match="measure again with: make loadtest MODEL=text"):
+        Run.load(shutil.copytree(tmp_path, tmp_path / "text" / "loadtests" / "1"))
     with pytest.raises(InputError, match="not a load test run"):
         Run.load(tmp_path / "none")
 

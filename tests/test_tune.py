@@ -111,7 +111,7 @@ def test_settings_that_are_proved_better_are_written_and_drawn(tmp_path: Path, c
     assert values.batching == TunedBatching(preferred_batch=4, max_queue_delay_us=0, instances=2, threads=1)
     assert str(result.gain) in values.measured
     assert f"written to {path}; make engine MODEL=image publishes it" in result.conclusion
-    assert TuneResult.load(tuning_path("image")) == result
+    assert TuneResult.load(tuning_path("image"), "image") == result
     assert "A better setting" in (tmp_path / "build" / "image" / "tuning.html").read_text()
     assert DeploymentSpec.of_model("image", tmp_path / "models").for_target("onnxruntime").batching.preferred_batch == 4
 

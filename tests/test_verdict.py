@@ -219,14 +219,16 @@ def test_each_objective_is_judged_at_its_own_rate(tmp_path: Path) -> None:
     found = {each.name: (each.status, each.note) for each in judge(run, slo).objectives}
     assert found["p50_ms @ 100 rps"][0] == "holds"
     assert found["p50_ms @ 200 rps"][0] == "violated"
-    assert found["throughput @ 50 rps"] == ("inconclusive", "measured at 100, 200/s; make loadtest RATE=50")
+    assert found["throughput @ 50 rps"] == ("inconclusive", "measured at 100, 200/s; make loadtest MODEL=tiny RATE=50")
+    part = judge(saved_run(tmp_path, slow, mix="tiny:3,text:1", rate_rps=None, shape="100x5, 200x5"), slo)
+    assert part.objectives[-1].note == "measured at 100, 200/s; make loadtest MIX=tiny:3,text:1, with 50/s for tiny"
 
 
 def test_several_rates_without_the_slos_own_are_inconclusive(tmp_path: Path) -> None:
     run = saved_run(tmp_path, steady(count=1500), rate_rps=None, shape="100x5, 200x5")
     judgement = judge(run, SloSpec(p99_ms=50, rate_rps=150))
     assert judgement.verdict == "inconclusive"
-    assert {each.note for each in judgement.objectives} == {"measured at 100, 200/s; make loadtest RATE=150"}
+    assert {each.note for each in judgement.objectives} == {"measured at 100, 200/s; make loadtest MODEL=tiny RATE=150"}
     whole = judge(run, SloSpec(p95_ms=50, max_error_rate=1, confidence=0.9))  # an SLO without a rate: the whole run
     assert whole.verdict == "holds"
 
@@ -259,7 +261,7 @@ def test_in_a_run_with_a_ramp_an_objective_is_judged_at_the_slos_rate(tmp_path: 
 def test_a_quality_that_was_not_measured_is_no_pass(tmp_path: Path) -> None:
     judgement = judge(saved_run(tmp_path, steady()), SloSpec(objectives=("ndcg@10 > 0.1",)))
     assert (judgement.verdict, judgement.objectives[-1].status) == ("inconclusive", "inconclusive")
-    assert "make parity" in judgement.objectives[-1].note
+    assert "make parity MODEL=tiny" in judgement.objectives[-1].note
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from loadtests.tune.tune_result import TuneResult, tuning_path
 Search = TypeVar("Search", Capacity, TuneResult)
 
 
-def _latest(kind: type[Search], path: Path, target: Target) -> Search | None:
+def _latest(kind: type[Search], path: Path, model: str, target: Target) -> Search | None:
     """The latest result of a search on this target; None for a missing, unreadable or empty one."""
     try:
-        found = kind.load(path)
+        found = kind.load(path, model)
     except InputError:
         return None
     has_points = not isinstance(found, Capacity) or found.trials
@@ -41,6 +41,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         runs, slo = load_runs(args, folders)
         target = runs[-1].settings.target
-        capacity = _latest(Capacity, capacity_path(args.model), target)
-        written = write_report(runs, slo, capacity, _latest(TuneResult, tuning_path(args.model), target))
+        capacity = _latest(Capacity, capacity_path(args.model), args.model, target)
+        tuned = _latest(TuneResult, tuning_path(args.model), args.model, target)
+        written = write_report(runs, slo, capacity, tuned)
     print(json.dumps({"reports": [str(written)]}) if args.json else written)

@@ -132,7 +132,9 @@ class RunFile(Table):
 
 
 def _unreadable(path: Path, why: str) -> InputError:
-    return InputError(f"{path}: {why}; it is damaged or from another version, measure again with: make loadtest")
+    runs = path.absolute().parent.parent  # build/<model>/loadtests, if it was not moved
+    command = f"make loadtest {variables_for(runs.parent.name)}" if runs.name == "loadtests" else "make loadtest"
+    return InputError(f"{path}: {why}; it is damaged or from another version, measure again with: {command}")
 
 
 def runs_folder(name: str) -> Path:

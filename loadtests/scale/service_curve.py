@@ -6,7 +6,7 @@ the lowest one. Above `saturation_rps` a queue grows, so the curve has no latenc
 has no p99, since more than 1 % of its requests failed, the p99 is infinite above the trial before it.
 
 Example:
-    curve = ServiceCurve.of(Capacity.load("build/recommender/capacity.json"))
+    curve = ServiceCurve.of(Capacity.load("build/recommender/capacity.json", "recommender"))
     curve.p99_ms(800.0), curve.queue_ratio(800.0), curve.saturation_rps
 """
 

@@ -44,8 +44,9 @@ ROWS = 12  # of the table; scale.json has all
 def main(options: argparse.Namespace) -> None:
     """Replays the day, chooses, saves and draws the result, prints it; GateFailed if no setting holds."""
     console = Console(stderr=True, markup=False)
-    capacity = Capacity.load(options.capacity or capacity_path(options.model))
-    spec = DeploymentSpec.of_model(options.model, options.models).for_target(capacity.target)
+    spec = DeploymentSpec.of_model(options.model, options.models)
+    capacity = Capacity.load(options.capacity or capacity_path(options.model), options.model)
+    spec = spec.for_target(capacity.target)
     if capacity.model != spec.name:
         raise InputError(f"{options.capacity}: capacity of the model {capacity.model!r}, not of {spec.name!r}")
     if not capacity.confirmed or capacity.limited_by == "generator":

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, SloSpec, build_dir
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, SloSpec, build_dir, variables_for
 from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import write_whole
 from loadtests.load.endpoint import endpoint_of, inputs_of
@@ -68,7 +68,8 @@ def main(options: argparse.Namespace) -> int:
     lines = ", ".join(objective_lines(spec.slo))
     console.print(f"{settings.model} over {settings.over} at {settings.place}: {lines}", soft_wrap=True)
     for line in unknown:
-        console.print(f"note: {line} is skipped: not measured for the served model; run: make parity", soft_wrap=True)
+        how = f"make parity {variables_for(settings.model)}"
+        console.print(f"note: {line} is skipped: not measured for the served model; run: {how}", soft_wrap=True)
     capacity = find(runner, plan, started)
     path = capacity_path(options.model)
     capacity.save(path)

@@ -1,7 +1,7 @@
 """The result of a capacity search, as stored in `build/<model>/capacity.json`.
 
 Example:
-    Capacity.load(capacity_path("recommender")).capacity_rps
+    Capacity.load(capacity_path("recommender"), "recommender").capacity_rps
 """
 
 from __future__ import annotations

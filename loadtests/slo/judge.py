@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deepseek.spec import Objective, SloSpec
+from deepseek.spec import Objective, SloSpec, variables_for
 from deepseek.spec.objectives import RATE_TOLERANCE, Kind, formatted
 from loadtests.results.run import Run
 from loadtests.results.stretch import Stretch
@@ -78,7 +78,9 @@ def _with_status(
 def _unmeasured(run: Run, line: Objective) -> JudgedObjective:
     offered = ", ".join(f"{rate:g}" for rate in run.rates_rps)
     note = f"measured at {offered}/s" if offered else "no steady rate was measured"
-    note += f"; make loadtest RATE={line.rate_rps:g}"
+    mix, model, rate = run.settings.mix, run.settings.model, f"{line.rate_rps:g}"
+    which = f"{variables_for(model)} RATE={rate}" if mix is None else f"MIX={mix}, with {rate}/s for {model}"
+    note += f"; make loadtest {which}"
     return _with_status(line, math.nan, "inconclusive", note, offered=False)
 
 
@@ -193,7 +195,7 @@ def _judged_quality(run: Run, line: Objective) -> JudgedObjective:
     """Judges the metric of the served model that the run has stored."""
     found = run.quality.get(line.measure)
     if found is None:
-        note = "not measured for what is served; make parity"
+        note = f"not measured for what is served; make parity {variables_for(run.settings.model)}"
         return _with_status(line, math.nan, "inconclusive", note, offered=False)
     limit = line.limit * found["baseline"] if line.of_baseline else line.limit
     note = f"{found['source']}; fp32 PyTorch {found['baseline']:.4f}"

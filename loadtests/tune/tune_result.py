@@ -3,7 +3,7 @@
 Contract: rates are in requests/s, latencies in milliseconds under Poisson arrivals.
 
 Example:
-    TuneResult.load(tuning_path("recommender")).best
+    TuneResult.load(tuning_path("recommender"), "recommender").best
 """
 
 from __future__ import annotations
