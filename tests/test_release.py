@@ -20,7 +20,7 @@ from deepseek_client import InferenceClient
 from onnx import numpy_helper
 
 from cli.main import values_of
-from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError, PublishedManifest
+from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError, InvalidMeasurement, PublishedManifest
 from deepseek.spec.files.released import last_fate
 from deepseek.spec.paired_drop import values_text
 from export.stages.publish import publish_version
@@ -250,6 +250,36 @@ def test_a_switch_that_is_refused_costs_no_version_to_go_back_to(
             Release(candidate_2, LiveServer.find(options, 1)).switch()
     assert (newest(world.live), world.version()) == (1, "1")
     assert (journal.folder / "withdrawn" / "2" / "model.onnx").is_file()
+
+
+def test_the_first_version_of_a_second_model_is_watched_until_the_server_has_it(
+    world: World, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPSEEK_BUILD", str(world.folder / "build"))
+    where = ("--repository", str(world.live.parent), "--url", world.server.grpc_url, "--new", str(built / "repository"))
+    model = world.live.with_name("image")
+
+    def switched(number: int) -> str:
+        words = ("release", "--model", "image", "--models", "tests/models", "--new-build", str(built / "build"))
+        options = values_of(*words, *where)
+        with exclusive("image") as releases:
+            journal = ReleaseJournal(releases, "release", number, before=None)
+            new = Candidate(options, DeploymentSpec.load("tests/models/image"), journal, number)
+            new.stage()
+            return Release(new, LiveServer.find(options, None)).switch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LiveServer, "look", lambda live: (None, "unknown model"))
+        patch.setattr(LiveServer, "wait_for", lambda live, *_: live.look())
+        with pytest.raises(InvalidMeasurement, match=r"did not load it within 60 s \(unknown model\): it refused it"):
+            switched(1)
+    assert not model.exists()
+    assert (Path(history("image")[0].folder) / "withdrawn" / "1" / "model.onnx").is_file()
+    assert "version 2 after" in switched(2)
+    with InferenceClient(world.server.grpc_url) as client:
+        assert client.metadata("image").versions == ("2",)
+    assert history("image")[0].outcome == "live"
+    shutil.rmtree(model)
 
 
 @pytest.mark.slow

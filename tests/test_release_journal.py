@@ -143,6 +143,21 @@ def test_bad_options_are_refused_before_the_first_gate(
         main(values_of(command, "--model", "text", "--models", "tests/models", *flags.split()))
 
 
+@pytest.mark.parametrize(
+    ("rate", "lines", "said"),
+    [
+        (100, ("p99_ms < 20 @ 500 rps",), "--rate 100: the SLO asks for p99_ms at 500 requests/s"),
+        (500, ("p99_ms < 20 @ 500 rps", "p50_ms < 5 @ 100 rps"), "--rate 500: the SLO asks for p50_ms at 100 requests"),
+        (100, ("throughput >= 150",), "--rate 100: it must be at least the SLO's throughput, 150"),
+        (500, ("p99_ms < 20 @ 500 rps", "throughput >= 150", "error_rate < 1%"), ""),
+    ],
+    ids=["another rate", "two rates", "below a throughput", "the same rate"],
+)
+def test_a_rate_that_cannot_prove_an_objective_is_refused(rate: float, lines: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)) if said else nullcontext():
+        release.check_rate(rate, SloSpec(objectives=lines).all_objectives())
+
+
 def test_the_limits_of_a_release_are_those_of_the_loads_that_it_runs() -> None:
     assert (release.LEAST_REQUESTS, MOST_RPS) == (shadow.LEAST_REQUESTS, steady.MOST_RPS)
 

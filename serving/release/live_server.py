@@ -2,7 +2,8 @@
 
 Contract: queried with `deepseek metadata`, directly or through the gateway. If nothing listens at the default address,
 or NVIDIA's Triton of the stack runs, the version is served at the next start. Any other server that listens must report
-the repository's newest version: otherwise it serves another repository, or does not follow this one.
+the repository's newest version: otherwise it serves another repository, or does not follow this one. It must load the
+first version of a model.
 """
 
 from __future__ import annotations
@@ -48,20 +49,21 @@ class LiveServer:
 
     options: argparse.Namespace
     version: int | None
+    """None if there is no server, or if it has no version yet, as before the first release of a model."""
     absent: str = ""
     """Why there is no server."""
 
     @classmethod
     def find(cls, options: argparse.Namespace, newest: int | None) -> LiveServer:
         """Asks the server for its version; raises InputError if that is not the repository's `newest`."""
-        if newest is None:
-            return cls(options=options, version=None, absent="nothing was served before")
         if restart := needs_restart(options):
             return cls(options=options, version=None, absent=restart)
         live = cls(options=options, version=None)
         version, reason = live.look()
         if version is None:
             if not live.refuses():
+                if newest is None:
+                    return live
                 raise InputError(f"{reason}; a server may run at {live.url}: try again when it answers, or stop it")
             if "url" in options.given:
                 raise InputError(f"{reason}; leave the address out to release with no server running")
@@ -75,7 +77,8 @@ class LiveServer:
         if version != newest:
             raise InputError(
                 f"the server at {live.url} has version {version} of {options.model}, but {options.repository} has "
-                f"{newest}: it serves another repository, or does not follow it; restart it with: make serve POLL_S=2"
+                f"{newest or 'none'}: it serves another repository, or does not follow it; restart it with: make serve "
+                "POLL_S=2"
             )
         return cls(options=options, version=version)
 
@@ -150,12 +153,17 @@ class LiveServer:
 
     def back(self, version: int, timeout_s: float = 30) -> str:
         """Waits until the server has a version again; returns a line that says whether it has."""
-        ends_at = time.monotonic() + timeout_s
-        while (seen := self.look()[0]) != version:
-            if time.monotonic() > ends_at:
-                return f"the repository has version {version}, the server has {seen or 'none'}: restart it"
-            time.sleep(LOOK_S)
+        seen, _ = self.wait_for(version, timeout_s)
+        if seen != version:
+            return f"the repository has version {version}, the server has {seen or 'none'}: restart it"
         return f"version {version} serves"
+
+    def wait_for(self, version: int, timeout_s: float) -> tuple[int | None, str]:
+        """What `look` returns once the server has the version, or after `timeout_s`."""
+        ends_at = time.monotonic() + timeout_s
+        while (found := self.look())[0] != version and time.monotonic() < ends_at:
+            time.sleep(LOOK_S)
+        return found
 
 
 def _ms(value: float | None) -> str:

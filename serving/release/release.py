@@ -14,6 +14,7 @@ import argparse
 import math
 import shutil
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from deepseek.spec import (
     GateFailed,
     InputError,
     InvalidMeasurement,
+    Objective,
 )
 from deepseek.spec.command import end_at_sigterm
-from deepseek.spec.files.released import last_number
+from deepseek.spec.files.released import WITHDRAWN, last_number
 from deepseek.spec.files.repository import CONFIG
 from serving.release.candidate import MOST_ATTEMPTS, Candidate
 from serving.release.gate_commands import SteadyLoad
@@ -33,7 +35,7 @@ from serving.release.journal import Outcome, ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options
 from serving.release.stack_server import check_stack, needs_stack
 from serving.release.step_runner import StepRunner, refresh_stack
-from serving.release.versions import beside_repository, move_in, newest, retire
+from serving.release.versions import beside_repository, move_in, move_out_first, newest, retire
 from serving.repository.checks import MANIFEST
 
 LEAST_REQUESTS = 200  # fewer give the shadow load no confidence interval
@@ -70,10 +72,12 @@ class Release:
         """Moves the candidate into the repository under load; takes it out again if a request or the switch fails."""
         if self.live.version is None:
             self.live = LiveServer.find(self.options, self.before)  # one may have been started meanwhile
-        if self.live.version is None:
+        if self.live.absent:
             move_in(self.candidate.folder, self.number, self.model, before=self.before)
             self._settle("in the repository")
             return f"in {self.model}; {self.live.absent}: it is served at the server's next start"
+        if self.before is None:
+            return self._first()
         try:
             with beside_repository(self.candidate.folder, self.model) as near, ExitStack() as stack:
                 load = self._steady(stack)
@@ -87,6 +91,25 @@ class Release:
             raise
         self._settle("live")
         return said
+
+    def _first(self) -> str:
+        """Moves the first version of a model into the repository; takes it out again if the server does not load it."""
+        began_s = time.monotonic()
+        try:
+            move_in(self.candidate.folder, self.number, self.model, before=None)
+            seen, reason = self.live.wait_for(self.number, self.options.switch_s)
+            if seen != self.number:
+                raise InvalidMeasurement(
+                    f"the server at {self.live.url} did not load it within {self.options.switch_s:g} s ({reason}): it "
+                    "refused it (its log says why), or does not follow the repository (make serve POLL_S=2, or the "
+                    "stack on a CPU)"
+                )
+        except BaseException:
+            self._take_back()
+            raise
+        self._settle("live")
+        seconds = time.monotonic() - began_s
+        return f"version {self.number} after {seconds:.1f} s; not watched under load: nothing was served before"
 
     def _steady(self, stack: ExitStack) -> SteadyLoad:
         """Starts a load on the live server; tries again if a busy machine delayed it."""
@@ -104,7 +127,12 @@ class Release:
     def _take_back(self) -> None:
         """Goes back to the old version; the refused one is kept beside the journal."""
         ours, there = (place / MANIFEST for place in (self.journal.folder, self.model / str(self.number)))
-        if self.before is not None and there.is_file() and there.read_bytes() == ours.read_bytes():
+        if not there.is_file() or there.read_bytes() != ours.read_bytes():
+            return
+        if self.before is None:
+            move_out_first(self.model, self.number, archive=self.journal.folder / WITHDRAWN)
+            self.journal.write(outcome="refused")
+        else:
             self.journal.withdraw(self.model, self.number, back_to=self.before, outcome="refused")
             said = self.live.back(self.before)
             self.journal.write(step="taken back", state="holds", said=said)
@@ -131,6 +159,18 @@ def check_options(options: argparse.Namespace) -> None:
     check_live_options(options)
 
 
+def check_rate(rate: float, lines: list[Objective]) -> None:
+    """Raises InputError if a load at this one rate can never prove the objectives."""
+    for line in lines:
+        if line.kind == "throughput" and rate < line.limit:
+            raise InputError(f"--rate {rate:g}: it must be at least the SLO's {line.name}, {line.limit:g}")
+        if line.rate_rps not in (None, rate):
+            raise InputError(
+                f"--rate {rate:g}: the SLO asks for {line.name} at {line.rate_rps:g} requests/s, and only a load at "
+                "that rate proves it; leave --rate (RATE=) out: then the load has every rate of the SLO"
+            )
+
+
 def main(options: argparse.Namespace) -> None:
     """Releases the build, or the candidate that is named; `check_options` has checked the options."""
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
@@ -139,8 +179,8 @@ def main(options: argparse.Namespace) -> None:
         raise InputError(
             f"{options.model}: no rate to measure at; set --rate (RATE=), or rate_rps in [slo] of deploy.toml"
         )
-    if options.rate and options.rate < (spec.slo.rate_rps or 0):
-        raise InputError(f"--rate {options.rate:g}: it must be at least the SLO's rate_rps, {spec.slo.rate_rps:g}")
+    if options.rate:
+        check_rate(options.rate, lines)
     if Path(options.repository).exists() and not Path(options.repository).is_dir():
         raise InputError(f"{options.repository}: not a folder; name the model repository that is served (REPOSITORY=)")
     if needs_stack(options.target):

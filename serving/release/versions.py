@@ -190,6 +190,13 @@ def move_out(
         return [said for said in kept if said]
 
 
+def move_out_first(model: Path, number: int, *, archive: Path) -> None:
+    """Moves a model whose only version is `number` out of the repository, to `archive`."""
+    with alone_in(model.parent):
+        if versions_of(model) == [number]:
+            _move(model, archive)
+
+
 def _draft_config(own: Path, draft: Path) -> None:
     """Copies a version's configuration to `draft`; on a full disk links it instead."""
     draft.unlink(missing_ok=True)
