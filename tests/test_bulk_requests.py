@@ -14,14 +14,14 @@ import numpy as np
 import onnx.parser
 import psutil
 import pytest
-from deepseek_client import BULK, InferenceClient
+from deepseek_client import BULK, InferenceClient, ServerBusy
 
 from serving.backend import bulk_requests
 from serving.backend.bulk_requests import BulkRequests, Copy
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
 from tests.gateway import wait_for
-from tests.test_onnxruntime_backend import write_fragile
+from tests.test_onnxruntime_backend import counter, write_fragile
 
 PLACES = 4
 
@@ -106,13 +106,14 @@ def test_requests_of_one_shape_are_joined_up_to_the_rows_of_a_batch_in_order() -
 def test_requests_beyond_the_places_are_refused_and_those_that_wait_are_at_the_end() -> None:
     with held() as running:
         assert running.take(*map(Request, "abcde")) == [True] * 5
-        assert running.refused == {"e": "4 bulk requests wait already"}
+        full = "Exceeds maximum queue size: 4 bulk requests wait already"
+        assert running.refused == {"e": full}
         closing = threading.Thread(target=running.requests.close)
         closing.start()
         running.go.set()
         closing.join()
     assert running.batches == [["first"]]
-    assert running.refused == {"e": "4 bulk requests wait already", **dict.fromkeys("abcd", "the server stops")}
+    assert running.refused == {"e": full, **dict.fromkeys("abcd", "not at ready state: the server ends this model")}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,8 @@ def test_a_request_that_waits_longer_than_the_queue_or_its_caller_allows_is_refu
         now_s[0] += 2
         running.go.set()
         wait_for(lambda: running.refused or len(running.batches) == 2)
-    assert running.refused == ({"second": "a bulk request waited too long"} if refused else {})
+    late = "Request timeout expired: a bulk request waited too long"
+    assert running.refused == ({"second": late} if refused else {})
 
 
 SLOW = """
@@ -181,3 +183,24 @@ def test_an_online_request_does_not_wait_for_a_bulk_one_that_runs(tmp_path: Path
         assert [send(client, number) for number in range(3) for client in clients] == [0, 0, 1, 1, 2, 2]
         assert not any(call.done() for call in bulk)
         assert [call.result() for call in bulk] == [20_000] * 2
+
+
+def test_a_refused_bulk_request_did_not_run_and_is_counted(tmp_path: Path) -> None:
+    write_slow(tmp_path)
+    path = tmp_path / "slow" / "config.pbtxt"
+    path.write_text(path.read_text().replace("max_queue_size: 64", "max_queue_size: 1", 1))  # of bulk requests
+    with (
+        EmbeddedServer(tmp_path, **FREE, log_path=tmp_path / "log") as server,
+        InferenceClient(server.grpc_url, timeout_s=300, retries=0) as over_grpc,
+        InferenceClient(server.http_url, "http", timeout_s=300, retries=0) as over_http,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        x = {"x": np.full((1, 2, 3), 5_000, np.float32)}
+        bulk = {"bulk": True}  # without BULK's priority, Triton's own queue refuses none
+        calls = [pool.submit(client.infer, "slow", x, parameters=bulk) for client in (over_grpc, over_http) * 4]
+        errors = [call.exception() for call in calls]
+        refused = [error for error in errors if error]
+        assert all(isinstance(error, ServerBusy) and error.did_not_run for error in refused)
+        assert all(any(errors[protocol::2]) for protocol in range(2))
+        series = 'onnxruntime_inference_request_failure{model="slow",reason="REJECTED",version="1"}'
+        assert counter(server, series) == len(refused)

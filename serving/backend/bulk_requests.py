@@ -9,6 +9,7 @@ that arrives while it computes gets the core.
 
 A request is bulk if it has the parameter `bulk`: Triton keeps the parameter `priority` for itself. The places and the
 longest wait are those of Triton's own queue for bulk requests, from `config.pbtxt`.
+A refusal begins with the words of Triton's own, from which clients know that the request did not run.
 
 The memory that Triton shares with this process is small. So a request that waits is a copy (`Copy`).
 """
@@ -121,7 +122,7 @@ class BulkRequests:
                 self._waiting.append(waiting)
                 self._changed.notify()
         if not taken:
-            self._refuse(copy, f"{self._places} bulk requests wait already")
+            self._refuse(copy, f"Exceeds maximum queue size: {self._places} bulk requests wait already")
         return True
 
     def close(self) -> None:
@@ -131,7 +132,7 @@ class BulkRequests:
             self._changed.notify()
         self._thread.join()
         for waiting in self._waiting:
-            self._refuse(waiting.request, "the server stops")
+            self._refuse(waiting.request, "not at ready state: the server ends this model")
 
     def _run(self) -> None:
         os.nice(NICE)  # of this thread alone
@@ -142,7 +143,7 @@ class BulkRequests:
                     return
                 late, batch = self._next()
             for waiting in late:
-                self._refuse(waiting.request, "a bulk request waited too long")
+                self._refuse(waiting.request, "Request timeout expired: a bulk request waited too long")
             if batch:
                 self._answer([waiting.request for waiting in batch])
 

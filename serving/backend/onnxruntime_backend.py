@@ -49,7 +49,8 @@ from onnxruntime_session import cores, open_session
 _VOCABULARY = ("history", "exclude", "k", "skus", "titles", "unknown")  # tensors that the model itself does not have
 _FAILURES = {
     "onnxruntime_inference_request_failure": (
-        "Inference requests that failed in ONNX Runtime; nv_inference_request_success includes them"
+        "Inference requests that failed in ONNX Runtime, and bulk requests that were refused; "
+        "nv_inference_request_success includes them"
     )
 }
 _TEXT_COUNTERS = {
@@ -113,6 +114,7 @@ class TritonPythonModel:
         if policy := batching.get("priority_queue_policy", {}).get(_BULK):
             most_rows = max(batching.get("preferred_batch_size") or [config["max_batch_size"]])
             texts = {each["name"] for each in config["input"] if each["data_type"] == "TYPE_STRING"}
+            self.count_refused = _counts(_FAILURES, args, reason="REJECTED")  # as Triton counts those of its queue
             self.bulk = BulkRequests(policy, most_rows, texts, self._answer_bulk, self._refuse_bulk)
 
     def _use_engine(self, name: str) -> None:
@@ -182,6 +184,7 @@ class TritonPythonModel:
                 self.answers.put(([request.get_response_sender()], [self._failure(error)]))
 
     def _refuse_bulk(self, request: Any, reason: str) -> None:
+        self.count_refused(1)
         error = pb_utils.TritonError(reason, pb_utils.TritonError.UNAVAILABLE)
         self.answers.put(([request.get_response_sender()], [pb_utils.InferenceResponse(error=error)]))
 
