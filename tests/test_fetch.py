@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import re
 import ssl
 import tarfile
@@ -136,6 +138,37 @@ def test_a_connection_that_ends_early_is_tried_again(store: Store, archive: tupl
     store.answers["/m.tar.gz"] = first_half_then_all
     assert fetch(store.url("/m.tar.gz"), archive[1], into)["models"] == ["add_one"]
     assert len(store.seen) == 2
+
+
+def test_a_damaged_tls_record_is_tried_again(
+    store: Store, archive: tuple[bytes, str], into: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_certificate(tmp_path, [])
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
+    store.speak_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
+
+    def damaged_then_whole(request: Handler) -> None:
+        request.give(archive[0][: 100 if len(store.seen) == 1 else None], length=len(archive[0]))
+        if len(store.seen) == 1:
+            os.write(request.connection.fileno(), b"no TLS record")
+
+    store.answers["/m.tar.gz"] = damaged_then_whole
+    assert fetch(store.url("/m.tar.gz"), archive[1].upper(), into)["models"] == ["add_one"]
+    assert len(store.seen) == 2
+
+
+def test_a_full_disk_is_not_the_stores_fault(
+    store: Store, archive: tuple[bytes, str], into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
+    with pytest.raises(OSError, match="No space left on device"):
+        fetch(store.url("/m.tar.gz"), archive[1], into)
+    assert len(store.seen) == 1
 
 
 def test_a_missing_archive_fails_at_once_and_a_broken_store_is_retried(store: Store, into: Path) -> None:

@@ -12,6 +12,7 @@ Exit codes: 0 unpacked, 1 wrong archive or unreachable, 2 bad input.
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from http.client import HTTPException, HTTPMessage
+from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,18 +34,6 @@ TIMEOUT_S = 30  # without a byte
 RETRY_S = 60
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https only, without the Authorization header, which is for the first server."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None:
-            new.remove_header("Authorization")
-        return new
-
-
 def fetch(url: str, sha256: str, into: Path, authorization: str = "", retry_s: float = RETRY_S) -> dict[str, Any]:
     """Unpacks the archive at `url` into a folder; returns its size in bytes and the names of the models.
 
@@ -52,13 +41,13 @@ def fetch(url: str, sha256: str, into: Path, authorization: str = "", retry_s: f
     """
     if not re.fullmatch(r"https?://[^/\s]+/\S*", url):
         raise InputError(f"URL {url!r}: it must begin with https:// or http:// and name a file")
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise InputError(f"sha256 {sha256!r}: it must be 64 hexadecimal digits; sha256sum models.tar.gz prints them")
     if not into.is_dir():
         raise InputError(f"{into}: no such folder")
     with tempfile.TemporaryFile(dir=into) as archive:
         found = _download(url, authorization, archive, time.monotonic() + retry_s)
-        if found != sha256:
+        if found != sha256.lower():
             raise GateFailed(f"{_shown(url)}: sha256 {found}, expected {sha256}; nothing was unpacked")
         size_bytes = archive.tell()
         archive.seek(0)
@@ -67,8 +56,10 @@ def fetch(url: str, sha256: str, into: Path, authorization: str = "", retry_s: f
 
 
 def _download(url: str, authorization: str, archive: IO[bytes], deadline: float) -> str:
-    request = urllib.request.Request(url, headers={"Authorization": authorization} if authorization else {})
-    opener = urllib.request.build_opener(_Redirects)
+    request = urllib.request.Request(url)
+    if authorization:
+        request.add_unredirected_header("Authorization", authorization)
+    opener = urllib.request.build_opener()
     while True:
         try:
             archive.seek(0)
@@ -81,7 +72,9 @@ def _download(url: str, authorization: str, archive: IO[bytes], deadline: float)
                 if archive.tell() < int(answer.headers.get("Content-Length", 0)):
                     raise ConnectionError("the connection ended early")
             return digest.hexdigest()
-        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        except (OSError, HTTPException) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # of `archive`
+                raise
             # An untrusted certificate: retrying does not help.
             final = isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
             if isinstance(error, urllib.error.HTTPError):
