@@ -165,6 +165,7 @@ def test_routes_that_keep_crashing_are_a_failure(tmp_path: Path) -> None:
             return bool(reasons)
 
         wait_for(crash)
+        assert not listens(routes.url)
     assert len(said) == MOST_TIMES
     assert "ended 4 times within 60 s, last with exit status -9" in reasons[0]
 

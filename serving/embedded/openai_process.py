@@ -85,6 +85,7 @@ class OpenAIProcess:
         now_s = time.monotonic()
         self._restarted_s = [each for each in self._restarted_s if now_s - each < WITHIN_S]
         if len(self._restarted_s) >= MOST_TIMES:
+            self._ports.release()
             return f"the OpenAI routes ended {MOST_TIMES + 1} times within {WITHIN_S} s, last with exit status {status}"
         self._say(f"died      the OpenAI routes: exit status {status}; restarting them")
         self._restarted_s.append(now_s)
