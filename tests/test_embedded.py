@@ -30,6 +30,7 @@ from export.stages import publish
 from export.stages.publish import publish_version
 from serving.embedded import verified_repository, wheel
 from serving.embedded.launcher import EmbeddedServer
+from serving.embedded.model_control import is_ready
 from serving.embedded.ports import ReservedPorts
 from serving.embedded.serve import _started
 from tests.conftest import FREE, write_add_one
@@ -361,10 +362,12 @@ def test_a_polling_server_refuses_a_wrong_version_and_takes_the_next_good_one(
         wait_for(lambda: said().count("text: version 1 keeps serving") == version - 1)  # noqa: B023
         assert reason in said()
         assert served(polling) == "1"
+    assert is_ready(polling.http_url)
     publish_version(TEXT, "fp16", "onnxruntime", polling.repository)
     wait_for(lambda: served(polling) == "6")
     assert re.search(r"Triton cannot load it: .* weights are missing\n", said())
     assert "max_queue_delay_us" not in said()  # said once, at the start
+    assert is_ready(polling.http_url)
 
 
 def test_a_polling_server_follows_a_model_that_comes_and_goes(tmp_path: Path, polling: EmbeddedServer) -> None:

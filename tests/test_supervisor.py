@@ -68,10 +68,10 @@ def test_a_model_that_lost_its_processes_is_not_ready_and_then_serves_again(serv
         client.infer("pair", X)
         for stub in stubs(server, "pair"):
             stub.kill()
-        wait_for(lambda: not is_ready(server.http_url))
+        wait_for(lambda: not client.ready("pair"))
         np.testing.assert_array_equal(client.infer("other", X)["y"], X["x"] + 1)
         wait_for(lambda: "serves again" in said())
-        assert is_ready(server.http_url)
+        assert client.ready("pair")
         wait_for(lambda: len(stubs(server, "pair")) == 2)  # the others of what was unloaded have ended
         for _ in range(8):
             np.testing.assert_array_equal(client.infer("pair", X)["y"], X["x"] + 1)
@@ -89,7 +89,7 @@ def test_patient_callers_notice_a_delay_only_and_the_old_processes_end(server: E
     with load, InferenceClient(server.grpc_url, retries=0) as client:
         under_way = [load.submit(client.infer, "pair", X) for _ in range(200)]
         before[0].kill()
-        wait_for(lambda: not is_ready(server.http_url))
+        wait_for(lambda: not client.ready("pair"))
         with InferenceClient(server.grpc_url, retries=100, retry_budget=None, timeout_s=120) as patient:
             np.testing.assert_array_equal(patient.infer("pair", X)["y"], X["x"] + 1)
     assert {type(each.exception()) for each in under_way} <= {type(None), ServerError, ModelNotReady}

@@ -186,6 +186,9 @@ class EmbeddedServer:
             # Each server has its own region names, so that two never collide and leftovers can be removed.
             f"--backend-config=python,shm-region-prefix-name={scratch.name}",
         ]
+        if self._poll_s is not None:
+            # Else the server is not ready while any version loads, and for good after one did not load.
+            flags.append("--strict-readiness=false")
         if self._profile is not None:
             # One file per trace: with a frequency of 0 (one file at the end) this version writes none.
             flags += ["--trace-config=mode=triton", "--trace-config=level=OFF", "--trace-config=rate=1"]
