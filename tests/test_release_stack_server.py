@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import shutil
 import sys
+from argparse import Namespace
 from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from deepseek_client import InferenceClient
 
-from deepseek.spec import InputError
+import cli.release
+from cli.main import values_of
+from deepseek.spec import DeploymentSpec, InputError
 from serving.embedded.model_control import is_ready
+from serving.release.candidate import Candidate
+from serving.release.journal import ReleaseJournal
 from serving.release.stack_server import StackServer, check_stack, needs_stack, stack_server
 from tests.conftest import write_add_one
 from tests.test_tensorrt_container import program
@@ -85,6 +91,49 @@ def test_without_the_env_file_of_a_gpu_stack_a_release_says_what_to_do(host: Pat
     (host / "env").write_text(content)
     with pytest.raises(InputError, match=reason):
         check_stack("tensorrt", host / "env")
+
+
+@pytest.mark.parametrize(
+    ("asked", "env", "built_for"),
+    [
+        ((), f"{GPU_ENV}TRITON_TAG=26.09\n", "26.09"),
+        (("--triton-tag", "26.09"), f"{GPU_ENV}TRITON_TAG=26.09\n", "26.09"),
+        (("--triton-tag", "26.11"), "", "26.11"),
+        ((), "COMPOSE_FILE=compose.yaml\nTRITON_TAG=26.09\n", None),
+    ],
+    ids=["the stack's", "the same", "no stack", "a stack without a GPU"],
+)
+def test_a_release_builds_for_the_triton_of_the_gpu_stack(
+    host: Path, asked: tuple[str, ...], env: str, built_for: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(options: Namespace, publish: bool) -> None:
+        raise KeyboardInterrupt(options.triton_tag)
+
+    (host / "env").write_text(env)
+    monkeypatch.setattr("cli.release.build", build)
+    with pytest.raises(KeyboardInterrupt, match=f"^{built_for}$"):
+        cli.release.main(values_of("release", "--env-file", str(host / "env"), *asked))
+
+
+def test_a_release_for_another_triton_than_the_stacks_says_how_to_update_the_stack(host: Path) -> None:
+    (host / "env").write_text(f"{GPU_ENV}TRITON_TAG=26.09\n")
+    reason = r"TRITON_TAG=26\.10: the candidate starts in the Triton of .*env, 26\.09; .* make engine TRITON_TAG=26\.10"
+    with pytest.raises(InputError, match=reason):
+        cli.release.main(values_of("release", "--env-file", str(host / "env"), "--triton-tag", "26.10"))
+
+
+def test_the_doctor_gate_checks_for_the_stacks_triton_and_not_this_hosts_tensorrt(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.doctor.machine._tensorrt_version", lambda: "11.4.0")
+    checked = Mock(return_value=([], []))
+    monkeypatch.setattr("serving.release.candidate.examine", checked)
+    (host / "env").write_text(f"{GPU_ENV}TRITON_TAG=26.09\n")
+    options = values_of("release", "--env-file", str(host / "env"))
+    journal = ReleaseJournal(host / "releases", "release", 2, before=None)
+    Candidate(options, DeploymentSpec.load("tests/models/text"), journal, 2).doctor()
+    machine = checked.call_args.args[1]
+    assert (machine.triton_tag, machine.tensorrt) == ("26.09", None)
 
 
 def test_without_docker_a_release_for_a_gpu_says_so(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:

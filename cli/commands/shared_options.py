@@ -51,7 +51,11 @@ STACK = (
     HOSTS,
 )
 """Settings of the compose stack."""
-TRITON_TAG = Option("--triton-tag", "release of NVIDIA's containers, YY.MM (default: the tested one)")
+TRITON_TAG = Option(
+    "--triton-tag",
+    "release of NVIDIA's containers, YY.MM (default: the GPU stack's, else the tested one; "
+    "engine, demo, gpu-check: the latter)",
+)
 TLS = Option("--tls", "use TLS and trust the system's authorities", kind=switch)
 PRIORITY = Option("--priority", "give the load generator real-time priority (root, or ulimit -r 1)", kind=switch)
 WORKERS = Option(

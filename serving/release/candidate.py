@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from serving.release.stack_server import StackServer, needs_stack, stack_server
 from serving.release.step_runner import Skipped
 from serving.release.versions import copy_version, newest, same_as, stage
 from serving.repository.checks import MANIFEST
+from serving.stack.read_env_file import gpu_stack_tag
 
 MOST_ATTEMPTS = 2  # at a load test, if the load generator was too slow
 SPARE = 1.5  # times the requests that decide if all are within the limits: a few are not
@@ -100,7 +102,9 @@ class Candidate:
 
     def doctor(self) -> str:
         """Checks its files, and whether it runs on this machine."""
-        machine = Machine.detect(in_container=True)  # skips Docker, which does not depend on the version
+        detected = Machine.detect(triton_tag=gpu_stack_tag(self.options.env_file), in_container=True)
+        # As in a container: without Docker, which does not depend on the version. TensorRT would be this host's.
+        machine = replace(detected, tensorrt=None)
         _, findings = examine(self.scratch / "new", machine, model=self.options.model, kept=False)
         self.journal.keep("doctor.json", [{"level": each.level, "said": str(each)} for each in findings])
         # Without the fix, which would name the copy.
