@@ -82,6 +82,14 @@ class ModelFolder:
             )
         return told
 
+    def data_digest(self, *, finetunes: bool = False) -> str | None:
+        """`fingerprint()` if evaluate(), or with `finetunes` also finetune(), reads data; "" if none does.
+
+        None: they read data that no fingerprint() covers.
+        """
+        reads = self.spec.precision.metric is not None or (finetunes and self.finetune is not None)
+        return self.fingerprint() if reads else ""
+
     def load(self) -> Any:
         """The module to deploy: the pruned one if `export.stages.prune` wrote it, else the unpruned one."""
         module, pruned = self.unpruned(), pruned_path(self.spec.name)

@@ -125,10 +125,18 @@ def evaluate(predict):
 """
 
 
-def test_the_model_is_evaluated_again_if_its_data_is_unknown(
-    tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch
+FINGERPRINT = """
+def fingerprint():
+    from pathlib import Path
+    return Path(__file__).parents[1].joinpath("score").read_text()
+"""
+
+
+@pytest.mark.parametrize("code", [EVALUATE, EVALUATE + FINGERPRINT], ids=["unknown", "other"])
+def test_the_model_is_evaluated_again_if_its_data_is_unknown_or_changed(
+    code: str, tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deploy = image_with(EVALUATE, tmp_path).folder / "deploy.toml"
+    deploy = image_with(code, tmp_path).folder / "deploy.toml"
     deploy.write_text(deploy.read_text().replace("[precision]\n", '[precision]\nmetric = "accuracy"\n'))
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(STAGE_KEYS, '{"fine-tune": "k"}')

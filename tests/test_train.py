@@ -161,6 +161,20 @@ def test_accuracy_is_remeasured_without_a_fingerprint_for_evaluate(
         assert (accuracy_key(clone("one", code, toml), "int8", "weights") is not None) is known
 
 
+def test_a_changed_fingerprint_changes_the_keys_of_what_evaluate_and_finetune_read(
+    clone: Clone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = "\ndef evaluate(predict):\n    return {}\ndef finetune(module):\n    pass\n"
+    judged = clone("one", MODEL + FINGERPRINT + functions, TOML + '[precision]\nmetric = "score"\n')
+    unjudged = clone("two", MODEL + FINGERPRINT + functions)
+    monkeypatch.setenv(cache.STAGE_KEYS, json.dumps({"accuracy int8": "k"}))
+    before = accuracy_key(judged, "int8", "weights")
+    assert before == accuracy_key(judged, "int8", "weights")
+    (tmp_path / "data.txt").write_text("2")
+    assert before != accuracy_key(judged, "int8", "weights")
+    assert (unjudged.data_digest(), unjudged.data_digest(finetunes=True)) == ("", "2")
+
+
 def test_the_command_reports_how_the_weights_were_made(run_here: RunHere) -> None:
     run = run_here("train", "--models", "tests/models", "--model", "image", "--json")
     assert json.loads(run.stdout)["weights"] == "brought"

@@ -250,9 +250,8 @@ def accuracy_key(source: ModelFolder, precision: Precision, weights: str) -> str
 
     `weights` is the digest of the reference module.
     """
-    if source.spec.precision.metric is not None and source.fingerprint() is None:
-        return None
-    return refined(stage_key(f"accuracy {precision}"), weights=weights)
+    told = source.data_digest()
+    return None if told is None else refined(stage_key(f"accuracy {precision}"), weights=weights, fingerprint=told)
 
 
 def measured(key: str | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

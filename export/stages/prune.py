@@ -52,9 +52,10 @@ def prune_source(source: ModelFolder, ratio: float) -> dict[str, Any]:
         rows, shared = disjoint(source.rows("calibration", MOST_READ * most), evaluation, most)
     check_disjoint(rows, shared, f"{source.folder / 'model.py'}: samples('calibration')", "build without PRUNE")
     original = source.unpruned()
-    known = source.fingerprint() is not None or (source.finetune is None and spec.precision.metric is None)
+    told = source.data_digest(finetunes=True)
     digests = ["".join(sorted(digest.hex() for digest in map(row_digest, split))) for split in (rows, evaluation)]
-    key = refined(stage_key("fine-tune") if known else None, calibration=digests[0], evaluation=digests[1])
+    own = None if told is None else stage_key("fine-tune")
+    key = refined(own, calibration=digests[0], evaluation=digests[1], fingerprint=told or "")
     path = pruned_path(spec.name)
     with scratch_in(path.parent) as scratch:
         fill(scratch, key, lambda folder: _prune(source, original, config, _batches(source, rows), evaluation, folder))

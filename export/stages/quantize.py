@@ -35,7 +35,7 @@ from export.artifact import (
     rows_path,
     sha256,
 )
-from export.cache import put_in_place, stage_key
+from export.cache import put_in_place, refined, stage_key
 from export.graphs.graph_file import save_graph
 from export.model_folder import ModelFolder
 from export.precision.calibrated_graph import copied
@@ -90,9 +90,9 @@ def quantize_model(
     sources = {"weights": weights, "onnx": sha256(source), "calibration": sha256(data)}
     for name in REPORTS:  # reports of an earlier graph
         (path.parent / f"{name}.json").unlink(missing_ok=True)
-    known = model_folder is None or spec.precision.metric is None or model_folder.fingerprint() is not None
+    told = "" if model_folder is None else model_folder.data_digest()
     put_in_place(
-        stage_key() if known else None,
+        None if told is None else refined(stage_key(), fingerprint=told),
         path,
         lambda folder: _quantize(spec, config, sources, calibration, evaluation, folder, model_folder),
     )
