@@ -154,8 +154,9 @@ def refuse(artifact: Path, reason: str) -> None:
 
 def refusal(artifact: Path) -> str | None:
     """The reason that `refuse` recorded; None if the artifact was made."""
-    refused = artifact.is_file() and artifact.stat().st_size == 0
-    return (artifact.parent / "refused.txt").read_text() if refused else None
+    reason = artifact.parent / "refused.txt"
+    refused = artifact.is_file() and artifact.stat().st_size == 0 and reason.is_file()
+    return reason.read_text() if refused else None
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from deepseek.precisions import Precision
@@ -31,6 +32,7 @@ from export.plan import Plan, plan_of
 from export.stage_inputs import StageInputs, key_of, named
 
 INSIDE = "/opt/export/bin/python"  # of the export image
+LAST = "last build"  # the record's entry for the options that `build_graphs` repeats
 
 
 class Builder:
@@ -42,7 +44,7 @@ class Builder:
         self.inputs = StageInputs(plan, self.digests)
         self._recorded = build_dir(plan.model) / "pipeline.json"
         self._record: dict[str, dict[str, dict[str, str]]] = {}
-        """Inputs and outputs of each completed stage."""
+        """Inputs and outputs of each completed stage, and the options of the last build."""
         with contextlib.suppress(OSError, ValueError):
             self._record = json.loads(self._recorded.read_text())
         self._remade: dict[Path, str] = {}
@@ -74,6 +76,8 @@ class Builder:
 
     def run(self, stages: Sequence[Stage], lock: int) -> None:
         """Runs the stages that have to run; their processes inherit `lock`."""
+        self._record[LAST] = {"options": {"data": self.plan.data, "prune": self.plan.prune}}
+        self._save_record()
         for place, stage in enumerate(stages):
             inputs, reason = self.step(stage)
             if not reason:
@@ -96,6 +100,10 @@ class Builder:
             self._record[stage.name] = {"inputs": inputs, "outputs": self.outputs(stage)}
             self._save_record()
         self.digests.save()
+
+    def last_options(self) -> dict[str, str]:
+        """DATA and PRUNE of the last build in this folder, by field of `Plan`; empty before the first."""
+        return self._record.get(LAST, {}).get("options", {})
 
     def _save_record(self) -> None:
         write_whole(self._recorded, json.dumps(self._record, indent=1))
@@ -206,9 +214,11 @@ def published_stages(plan: Plan, options: argparse.Namespace) -> Iterator[Stage]
 
 
 def build_graphs(plan: Plan, precisions: list[Precision]) -> None:
-    """Builds only the graphs of a model, for `deepseek check-engine`."""
+    """Builds only the graphs of a model, with DATA and PRUNE of its last build, for `deepseek check-engine`."""
     with alone_in(build_dir(plan.model)) as lock:  # the stages inherit it
         install(plan.folder)
+        last = Builder(plan).last_options()
+        plan = replace(plan, data=last.get("data", ""), prune=last.get("prune", ""))
         _drop_pruned(plan)
         Builder(plan).run(list(graph_stages(plan, precisions)), lock)
 
