@@ -18,6 +18,7 @@ from deepseek.spec.files.image_tag import image_tag
 from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.machine.cpu import this_cpu
 from deepseek.spec.machine.gpus import gpus
+from deepseek.targets import TARGETS
 from export.artifact import choice_path, engine_path, onnx_path, rows_path, weights_path
 from export.dependencies.sources import ROOT
 from export.machine import accelerator, cpu, gpu
@@ -133,20 +134,20 @@ def _quantize(plan: Plan, precision: Precision) -> Stage:
     graph = onnx_path(plan.model, precision)
     rows = [rows_path(plan.model, split) for split in ("calibration", "evaluation")]
     how = ("calibration_method", "calibration_samples", "per_channel", "weight_only", "op_types", "keep_high")
-    high = ("--high-precision", plan.high) if precision in EIGHT_BITS else ()
+    high = TARGETS[plan.target].high_precision if precision in EIGHT_BITS else ""
     calibrate = Stage(
         name=f"calibrate {precision}",
         command=(),
         module="export.precision.calibrated_graph",
         reads=(onnx_path(plan.model, "fp32"), *rows),
         keys=(*SIGNATURE, "onnxruntime", *(f"precision.{key}" for key in how)),
-        settings={"--precision": precision, "--high-precision": " ".join(high), "accelerator": _accelerator(plan)},
+        settings={"--precision": precision, "high precision": high, "accelerator": _accelerator(plan)},
         packages=(MODELOPT,),
     )
     quantize = replace(
         calibrate,
         name=f"quantize {precision}",
-        command=("quantize", "--precision", precision, *high, "--target", plan.target, *_candidate(plan, precision)),
+        command=("quantize", "--precision", precision, "--target", plan.target, *_candidate(plan, precision)),
         module="export.stages.quantize",
         writes=(graph,),
         beside=(graph.with_name("manifest.json"),),

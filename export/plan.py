@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deepseek.precisions import PRECISIONS, HighPrecision, Precision
+from deepseek.precisions import PRECISIONS, Precision
 from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from deepseek.targets import TARGETS, Target
@@ -47,11 +47,6 @@ class Plan:
     @property
     def folder(self) -> Path:
         return self.models / self.model
-
-    @property
-    def high(self) -> HighPrecision:
-        """Precision of the layers that an 8-bit graph does not quantize."""
-        return TARGETS[self.target].high_precision
 
     @property
     def precisions(self) -> list[Precision]:

@@ -248,7 +248,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
 STAGES = (
     ("to-onnx",),
     ("quantize", "--precision", "fp16"),
-    ("quantize", "--precision", "int8", "--high-precision", "fp32"),
+    ("quantize", "--precision", "int8"),
     ("select-precision",),
     ("publish",),
 )
@@ -303,7 +303,9 @@ def typed(built: Path, of_the_run: Path) -> Path:
 
     def make() -> None:
         shutil.copytree(built / "build", folder / "build", dirs_exist_ok=True)
-        at_once(lambda model: run_stage(model, *STAGES[2][:-1], "fp16", build=folder / "build"), "image", "text")
+        at_once(
+            lambda model: run_stage(model, *STAGES[2], "--target", "tensorrt", build=folder / "build"), "image", "text"
+        )
 
     return once(folder, make) / "build"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.artifact import refuse
-from tests.conftest import run_module
+from tests.conftest import RunHere, run_module
 
 pytest.importorskip("tensorrt_rtx")
 BOTH = ("--precision", "fp32", "--precision", "int8", "--json")
@@ -45,6 +45,14 @@ def test_a_graph_in_the_wrong_precision_fails_the_check_without_affecting_others
         "int8/model.onnx: no such file; make it with: make check-engine MODEL=image MODELS=tests/models" in run.stdout
     )
     assert "error: 3 of 4 engines failed: image fp16, image int8, image fp8" in run.stderr
+
+
+def test_an_int8_graph_for_the_cpu_fails_and_says_what_to_do(built: Path, run_here: RunHere) -> None:
+    image = ("--models", "tests/models", "--model", "image", "--precision", "int8")
+    run = run_here("check-engine", "--no-build", *image, DEEPSEEK_BUILD=str(built / "build"))
+    assert run.returncode == 1
+    assert "made for ONNX Runtime on a CPU" in run.stdout
+    assert "quantize it with --target tensorrt_rtx" in run.stdout
 
 
 def test_an_empty_folder_of_models_is_one_line(tmp_path: Path) -> None:

@@ -310,6 +310,8 @@ def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_
     assert of_torchscript["to_torchscript"]["GPU"] == "H100"
     made_on = [seen[target]["quantize int8"]["accelerator"] for target in ("onnxruntime", "tensorrt_rtx")]
     assert made_on == ["A100", ""]
+    made_for = [seen[target][name]["high precision"] for target in ("onnxruntime", "tensorrt_rtx") for name in GRAPHS]
+    assert made_for == ["", "fp32", "", "fp16"]
     assert "package tensorrt" not in seen["onnxruntime"][SELECT]
 
 
@@ -317,9 +319,3 @@ def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_
 def test_publishing_reads_the_tokenizer_or_the_catalogue(model: str, file: str, tiny: Path) -> None:
     reads = build.publish_stage(plan.plan_of(options_of(tiny, model=model, models=Path("models")))).reads
     assert [path.parent for path in reads if path.name == file] == [Path("models") / model, tiny / "build" / model]
-
-
-def test_only_8_bit_graphs_have_a_high_precision(tiny: Path) -> None:
-    stages = build.stages_of(plan.plan_of(options_of(tiny)))
-    high = {stage.name: "--high-precision" in stage.command for stage in stages if stage.name in GRAPHS}
-    assert high == {"quantize fp16": False, "quantize int8": True}

@@ -149,7 +149,7 @@ def test_an_int8_graph_for_the_cpu_is_refused_in_one_line(build: Path) -> None:
     run = run_module("cli", "to-tensorrt", *flags)
     assert run.returncode == 2
     assert "made for ONNX Runtime on a CPU" in run.stderr
-    assert "--high-precision fp16" in run.stderr
+    assert "quantize it with --target tensorrt_rtx" in run.stderr
 
 
 def test_the_options_of_deploy_toml_go_into_the_manifest(built: Path, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Commands that build: from weights to the model repository."""
 
-from typing import get_args
-
 from cli.commands.shared_options import (
     BUILD,
     CACHE,
@@ -16,7 +14,7 @@ from cli.commands.shared_options import (
 )
 from cli.options import Number, Option, folder_name, path, path_text, switch
 from cli.table import Command
-from deepseek.precisions import CHOICES, PRECISIONS, REDUCED, HighPrecision
+from deepseek.precisions import CHOICES, PRECISIONS, REDUCED
 from deepseek.targets import PUBLISHABLE, TARGETS
 
 ANYWAY = Option("--anyway", "publish even what a release gate refused or a rollback removed", kind=switch)
@@ -128,10 +126,9 @@ STAGES = (
             *MODEL,
             Option("--precision", "precision of the new graph", choices=REDUCED, required=True),
             Option("--calibration-data", "real inputs (default: build/<name>/calibration.npz)", kind=path_text),
-            Option("--high-precision", "precision of the rest", choices=get_args(HighPrecision), default="fp16"),
             Option(
                 "--target",
-                "what will run the graph; trials use its execution provider, or the CPU",
+                "what will run the graph; decides how 8-bit graphs are made, and where trials run",
                 choices=tuple(TARGETS),
                 default="onnxruntime",
             ),
@@ -140,7 +137,7 @@ STAGES = (
         ),
         examples=(
             "deepseek quantize --precision int8",
-            "deepseek quantize --precision int8 --high-precision fp32 --calibration-data val_dataset.bin",
+            "deepseek quantize --precision int8 --calibration-data val_dataset.bin",
         ),
     ),
     Command(

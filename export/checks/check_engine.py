@@ -26,6 +26,7 @@ from export.build import build_graphs
 from export.plan import Plan
 from export.runtimes.isolation import in_child
 from export.runtimes.tensorrt_engine import (
+    check_layout,
     engine_from_onnx,
     prove,
     tensorrt_module,
@@ -45,6 +46,7 @@ def check(trt: Any, spec: DeploymentSpec, precision: Precision, *, asked: bool) 
             if asked or precision in spec.precision.candidates:
                 raise GateFailed(f"the graph could not be made: {reason}")
             return row
+        check_layout(source, spec, "tensorrt_rtx")
         size, found = in_child("TensorRT", lambda: _compiled(trt, source, spec))
         row |= {**{key: found[key] for key in ("compute_layers", "read_from", "tf32")}, "size_bytes": size}
         prove(precision, found, size, read_manifest(source), spec.tensorrt)

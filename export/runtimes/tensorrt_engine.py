@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepseek.precisions import BITS, REDUCED
-from deepseek.spec import DeploymentSpec, GateFailed, InputError, Manifest, Precision, TensorrtSpec
-from export.artifact import human_bytes, staged
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, Manifest, Precision, TensorrtSpec, variables_for
+from export.artifact import human_bytes, read_manifest, staged
 from export.runtimes.engine_layers import found_layers
 
 CompiledTarget = Literal["tensorrt", "tensorrt_rtx"]
@@ -59,6 +59,16 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(message)
 
     return Logger()
+
+
+def check_layout(graph: Path, spec: DeploymentSpec, target: CompiledTarget) -> None:
+    """Raises InputError if an int8 graph was made for ONNX Runtime on a CPU."""
+    made = read_manifest(graph)
+    if made.precision == "int8" and made.settings.get("high_precision") == "fp32":
+        raise InputError(
+            f"{graph}: made for ONNX Runtime on a CPU (unsigned activations, which TensorRT does not take); quantize "
+            f"it with --target {target}, as make engine TARGET={target} {variables_for(spec.name)} does"
+        )
 
 
 def engine_from_onnx(

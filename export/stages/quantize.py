@@ -24,6 +24,7 @@ from deepseek.precisions import BITS, EIGHT_BITS, PRECISIONS
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, flags_for, kept_for_json
 from deepseek.spec.files.folders import scratch_in
+from deepseek.targets import TARGETS
 from export.artifact import (
     Stopwatch,
     human_bytes,
@@ -190,17 +191,18 @@ def _show_calibration(report: dict[str, Any]) -> None:
 def main(options: argparse.Namespace) -> None:
     spec = on_host(DeploymentSpec.of_model(options.model, options.models), options.target)
     precision = spec.precision
+    high = TARGETS[options.target].high_precision
     weight_only = precision.weight_only and PRECISIONS[options.precision].may_quantize_weights_alone
     config = QuantConfig.of_precision(
         options.precision,
-        **({"activation_bits": BITS[options.high_precision]} if weight_only else {}),
+        **({"activation_bits": BITS[high]} if weight_only else {}),
         calibration_data=options.calibration_data,
         calibration_method=precision.calibration_method,
         num_samples=precision.calibration_samples,
         per_channel=precision.per_channel,
         op_types=precision.op_types,
         keep_high=precision.keep_high,
-        high_precision=options.high_precision,
+        high_precision=high,
     )
     eight_bits = options.precision in EIGHT_BITS
     with kept_for_json(options.json):
@@ -215,4 +217,4 @@ def main(options: argparse.Namespace) -> None:
     elif "refused" in result:
         print(f"{options.precision} cannot be made; the build continues without it: {result['refused']}")
     else:
-        show(result, options.high_precision)
+        show(result, high)

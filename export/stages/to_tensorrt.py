@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from deepseek.spec import DeploymentSpec, InputError, Precision, build_dir, variables_for
+from deepseek.spec import DeploymentSpec, Precision, build_dir, variables_for
 from deepseek.spec.command import stdout_to_stderr
 from deepseek.spec.machine.gpus import gpus
 from export.artifact import (
@@ -39,6 +39,7 @@ from export.runtimes.isolation import made_alone
 from export.runtimes.tensorrt_engine import (
     CompiledTarget,
     applied,
+    check_layout,
     engine_from_onnx,
     prove,
     tensorrt_module,
@@ -54,11 +55,7 @@ def build_engine(spec: DeploymentSpec, precision: Precision, target: CompiledTar
     if reason := refusal(source):  # one of several candidates: the build continues with the others
         refuse(path, reason)
         return {"path": str(path), "refused": reason}
-    if precision == "int8" and read_manifest(source).settings.get("high_precision") == "fp32":
-        raise InputError(
-            f"{source}: made for ONNX Runtime on a CPU (unsigned activations, which TensorRT does not take); quantize "
-            f"it with --high-precision fp16, as make engine TARGET={target} {variables_for(spec.name)} does"
-        )
+    check_layout(source, spec, target)
     trt = tensorrt_module(target)
     put_in_place(stage_key(), path, lambda folder: _build(trt, spec, precision, target, folder / path.name))
     facts = {"precision", "target", "found", "settings", "size_bytes", "build_s", "versions"}
