@@ -93,6 +93,24 @@ def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(
     assert build.is_dir()
 
 
+def test_what_links_in_the_model_folder_lead_to_is_mounted(machine: Path, tmp_path: Path, run_here: RunHere) -> None:
+    """A link to a checkpoint of Hugging Face's cache, whose files are links too, and one to such a file."""
+    program(machine, "nvidia-smi", NVIDIA_SMI)
+    program(machine, "docker", DOCKER)
+    hub, folder = tmp_path / "hub", tmp_path / "models" / "shop"
+    snapshot, blob = hub / "snapshots", hub / "blobs" / "b"
+    for place in (snapshot, blob.parent, folder):
+        place.mkdir(parents=True)
+    blob.write_text("weights")
+    (snapshot / "weights").symlink_to("../blobs/b")
+    (folder / "checkpoint").symlink_to(snapshot)
+    (folder / "file").symlink_to("../../hub/snapshots/weights")
+    run_here("tensorrt-container", "--models", str(folder.parent), "--", "select-precision", "--model", "shop")
+    command = (tmp_path / "record").read_text().splitlines()[-1]
+    for place in (folder.parent, snapshot, blob, snapshot / "weights"):
+        assert f"--volume {place}:{place}:ro " in command
+
+
 def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_path: Path, run_here: RunHere) -> None:
     program(machine, "nvidia-smi", NVIDIA_SMI)
     program(

@@ -21,6 +21,7 @@ from deepseek.spec import InputError, build_dir
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from export.cache import GIB, STAGE_KEYS, root
 from export.dependencies.requirements import FILE, requirements_in
+from export.dependencies.sources import files_in
 from export.machine import missing_for_container, output_of
 from export.plan import WITHOUT
 
@@ -63,13 +64,27 @@ def _build(image: str, arguments: list[str], what: str, needs: str) -> None:
         raise InputError(f"{image}: docker build failed, see above; it needs {needs} once")
 
 
-def run_command_line(image: str, models: Path, command: list[str]) -> list[str]:
+def link_targets(folder: Path) -> set[Path]:
+    """The places that links in a model folder, or the folder itself, lead to. Docker follows a chain of links."""
+    found = set[Path]()
+    for name in files_in(folder):
+        place = folder
+        for part in ("", *Path(name).parts):
+            place /= part
+            if place.is_symlink():
+                place = Path(os.path.abspath(place.parent / place.readlink()))
+                found.add(place)
+    return found
+
+
+def run_command_line(image: str, models: Path, model: str, command: list[str]) -> list[str]:
     """The `docker run` command of a stage. Paths are equal inside and outside, so manifests and messages are too."""
     here, build = Path.cwd(), build_dir("").resolve()
     mounts = [f"{here}:{here}:ro", f"{build}:{build}"]
     data = os.environ.get("DEEPSEEK_DATA", "")
-    read = [models, *([Path(os.path.abspath(data))] if data else [])]
-    mounts += [f"{path}:{path}:ro" for path in read if not path.is_relative_to(here)]
+    read = [models, *([Path(os.path.abspath(data))] if data else []), *sorted(link_targets(models / model))]
+    outside = (path for path in dict.fromkeys(read) if not any(map(path.is_relative_to, (here, build))))
+    mounts += [f"{path}:{path}:ro" for path in outside]
     if (cache := root()) is not None:
         cache.mkdir(parents=True, exist_ok=True)  # otherwise Docker creates it, owned by root
         mounts.append(f"{cache.resolve()}:{cache.resolve()}")
@@ -101,4 +116,5 @@ def main(options: argparse.Namespace) -> int:
     model = dict(itertools.pairwise(options.command)).get("--model", "")  # of the stage's own flags
     image = build_model_image(image, Path(options.models, model))
     build_dir("").mkdir(parents=True, exist_ok=True)
-    return subprocess.run(run_command_line(image, Path(os.path.abspath(options.models)), options.command)).returncode
+    models = Path(os.path.abspath(options.models))
+    return subprocess.run(run_command_line(image, models, model, options.command)).returncode
