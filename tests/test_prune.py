@@ -215,8 +215,33 @@ def test_build_and_parity_judge_the_same_rows_alike(lost: int, accepted: bool, m
     assert (parity_cases.failures([], found) == []) == accepted
 
 
+def test_an_evaluate_that_fails_at_served_outputs_is_a_failed_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluated(source: Any, predict: str) -> Evaluated:
+        if predict == "served":
+            raise InputError("model.py:9: evaluate(): ValueError: NaN")
+        return Evaluated(metrics={"accuracy": 0.8})
+
+    monkeypatch.setattr(parity_cases, "pruning_of", lambda name: {})
+    monkeypatch.setattr(parity_cases, "evaluated", evaluated)
+    precision = SimpleNamespace(metric="accuracy", max_drop=0.01, candidates=("int8",))
+    source: Any = SimpleNamespace(spec=SimpleNamespace(name="tiny", precision=precision))
+    judge: Any = SimpleNamespace(protocol="grpc", predict="served")
+    found = parity_cases.compare_metric(source, "brought", [judge], "fp16")  # type: ignore[arg-type]
+    assert parity_cases.failures([], found) == ["accuracy over grpc: model.py:9: evaluate(): ValueError: NaN"]
+
+
 @pytest.mark.parametrize("ratio", ["nan", "0", "1", "x"])
 def test_a_ratio_that_is_no_share_names_the_option(ratio: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["prune", "--ratio", ratio]) == 2
     said = capsys.readouterr().err.splitlines()[0]
     assert said == f"error: --ratio: seen '{ratio}'; a number above 0, up to 0.99, is needed"
+
+
+def test_an_infinite_drop_is_null_in_json(tmp_path: Path, own_build: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "\ndef finetune(module):\n    module.head.bias.data.fill_(float('nan'))\n"
+    image_with(code, tmp_path)
+    assert command(["prune", "--models", str(tmp_path / "models"), "--model", "image", "--json"]) == 1
+    shown = capsys.readouterr()
+    found = json.loads(shown.out, parse_constant=pytest.fail)
+    assert (found["drop"], found["pruned"]) == (None, {"similarity": None})
+    assert "image loses inf% of similarity" in shown.err

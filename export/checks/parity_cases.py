@@ -279,7 +279,7 @@ def compare_metric(
                 drop, paired = (0.0, None) if too_small(spec, base.metrics) else paired_drop(source, found, base)
             values = None if found.values is None else values_text(found.values)
             facts: dict[str, Any] = {"value": found.metrics[metric], "drop": drop, "values": values}
-        except RequestRefused as error:
+        except (RequestRefused, InputError) as error:  # evaluate() may fail at outputs that it does not expect
             facts, paired = {"value": math.nan, "drop": math.inf, "values": None, "refused": str(error)}, None
         served[judge.protocol] = {**facts, "judgement": asdict(judged(spec, facts["drop"], paired))}
     against = "unpruned PyTorch" if pruned else "PyTorch"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from deepseek.pruning.prunable import Inputs
 from deepseek.spec import GateFailed, InputError, build_dir, kept_for_json
 from deepseek.spec.files.folders import scratch_in
 from deepseek.spec.paired_drop import DropJudgement
-from export.artifact import Stopwatch, human_bytes, pruned_path, pruning_path, publish
+from export.artifact import Stopwatch, human_bytes, json_text, pruned_path, pruning_path, publish
 from export.cache import fill, refined, stage_key
 from export.model_folder import ModelFolder, as_written
 from export.precision.accuracy import check_metric, too_small
@@ -60,6 +61,7 @@ def prune_source(source: ModelFolder, ratio: float) -> dict[str, Any]:
     with scratch_in(path.parent) as scratch:
         fill(scratch, key, lambda folder: _prune(source, original, config, _batches(source, rows), evaluation, folder))
         report = json.loads((scratch / pruning_path(spec.name).name).read_text())
+        report["drop"] = math.inf if report["drop"] is None else report["drop"]  # JSON has no infinity
         judged = judged_variant(spec, report)  # a cached report may be of another budget
         if judged.accepted:
             publish(scratch, path)
@@ -107,7 +109,7 @@ def _prune(
         "seconds": clock.elapsed_s,
     }
     save_pruned(module, report, scratch / pruned_path(spec.name).name, of=weights_digest(original))
-    (scratch / pruning_path(spec.name).name).write_text(json.dumps(result, indent=2) + "\n")
+    (scratch / pruning_path(spec.name).name).write_text(json_text(result) + "\n")
 
 
 def _batches(source: ModelFolder, rows: list[Row]) -> list[Inputs]:
@@ -183,7 +185,7 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(label, *shown, f"{1 - after / before:.1%}")
     before = result["unpruned"][metric]
     for label, key in ((f"{metric}, not fine-tuned", "before_finetuning"), (f"{metric}, {how}", "pruned")):
-        value = result[key][metric]
+        value = math.nan if result[key][metric] is None else result[key][metric]
         table.add_row(label, f"{before:.4f}", f"{value:.4f}", f"{(before - value) / before:+.2%}")
     Console(width=max(Console().width, 90), markup=False).print(table)
     for layer in result["layers"]:
@@ -196,7 +198,7 @@ def main(options: argparse.Namespace) -> None:
     with kept_for_json(options.json):
         result = prune_source(ModelFolder(options.model, options.models), options.ratio)
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(json_text(result))
     else:
         show(result)
     judged = DropJudgement(**result["judgement"])
