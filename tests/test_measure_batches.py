@@ -29,7 +29,7 @@ from export.stages.publish import publish_version
 from loadtests.search.capacity_result import ServerSettings
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.checks import read_config
-from tests.conftest import ADD_ONE, FREE, run_stage
+from tests.conftest import ADD_ONE, FREE, RunHere, run_stage
 from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter
 
@@ -232,6 +232,24 @@ def test_the_stage_measures_the_chosen_graph_and_publishing_uses_it(
 def test_accelerators_and_tritons_own_backend_are_not_measured(provider: str, backend: Any, why: str) -> None:
     spec = IMAGE.model_copy(update={"onnxruntime": IMAGE.onnxruntime.model_copy(update={"backend": backend})})
     assert measured_batches(spec, "fp32", provider, "onnxruntime").skipped == f"not measured on {why}"
+
+
+def test_a_missing_provider_is_one_line_and_an_output_file_leaves_its_neighbours_alone(
+    built: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    shutil.copytree("tests/models/image", tmp_path / "image")
+    toml = tmp_path / "image" / "deploy.toml"
+    which = ("measure-batches", "--models", str(tmp_path), "--model", "image", "--precision", "fp32")
+    output, neighbour = tmp_path / "times", tmp_path / "times.csv"
+    neighbour.write_text("mine")
+    environment = {"DEEPSEEK_BUILD": str(built / "build")}
+    assert run_here(*which, "--output", str(output), **environment).returncode == 0
+    assert MeasuredBatches.model_validate_json(output.read_bytes()).times
+    assert neighbour.read_text() == "mine"
+    toml.write_text(toml.read_text() + '[onnxruntime]\nprovider = "cann"\n')
+    run = run_here(*which, **environment)
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
+    assert run.stderr.startswith("error: execution provider 'cann' is not in ONNX Runtime")
 
 
 def test_instances_with_more_threads_than_cores_compute_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

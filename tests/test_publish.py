@@ -26,7 +26,7 @@ from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
 from deepseek.spec.machine.gpus import parse_gpus
 from deepseek.spec.tables import TargetSpec
-from export.artifact import choice_of, choice_path, digests, read_manifest, sha256, write_manifest
+from export.artifact import choice_of, choice_path, digests, read_manifest, refuse, sha256, write_manifest
 from export.stages import publish
 from export.stages.publish import publish_version
 from export.stages.to_onnx import export_model
@@ -114,6 +114,26 @@ def test_a_copy_that_differs_from_the_build_is_refused(planned: Path, tmp_path: 
     assert not (tmp_path / "repository" / "image").exists()
     with pytest.raises(InputError, match="Triton cannot load such an engine"):
         publish_version(IMAGE, "fp16", "tensorrt_rtx", tmp_path / "repository")
+
+
+def test_publishing_a_refused_candidate_gives_the_reason(planned: Path, tmp_path: Path) -> None:
+    refuse(planned, "no Conv, MatMul or Gemm of the graph runs in fp16")
+    with pytest.raises(InputError, match="image: fp16 could not be made: no Conv, MatMul or Gemm"):
+        publish_version(IMAGE, "fp16", "tensorrt", tmp_path / "repository")
+
+
+@pytest.mark.parametrize("left", ["nothing", "the earlier version's"])
+def test_a_build_restores_the_configuration_that_a_killed_publisher_left_out(
+    left: str, build: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "image" / "config.pbtxt"
+    publish_version(IMAGE, "fp32", "onnxruntime", tmp_path)
+    earlier = config.read_text()
+    publish_version(IMAGE, "int8", "onnxruntime", tmp_path)
+    config.unlink() if left == "nothing" else config.write_text(earlier)
+    found = publish_version(IMAGE, "int8", "onnxruntime", tmp_path, if_changed=True)
+    assert (found["version"], found["new"]) == (2, False)
+    assert config.read_text() == (tmp_path / "image" / "2" / "config.pbtxt").read_text()
 
 
 def test_across_mounts_of_one_disk_a_version_is_copied_beside_its_destination_first(

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 
-from deepseek.onnxruntime_session import ProviderError, cores, open_session
+from deepseek.onnxruntime_session import ProviderError, choose_provider, cores, open_session
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, one_line
 from deepseek.spec.tables import OnnxRuntimeSpec
 from export.model_folder import Predict
@@ -29,6 +29,14 @@ def optimizers_left_out(path: Path) -> list[str]:
     types |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info]}
     types |= {attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute}
     return [optimizer for type_, optimizer in _FAULTY.items() if type_ in types]
+
+
+def provider_of(spec: DeploymentSpec) -> str:
+    """The execution provider that serves the graph here; raises InputError if ONNX Runtime lacks it."""
+    try:
+        return choose_provider(spec.onnxruntime.provider)
+    except ProviderError as error:
+        raise InputError(str(error)) from None
 
 
 def on_host(spec: DeploymentSpec, target: Target) -> DeploymentSpec:

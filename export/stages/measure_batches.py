@@ -23,16 +23,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deepseek.onnxruntime_session import choose_provider
 from deepseek.spec import BATCH, DeploymentSpec, Precision, Target, build_dir
 from deepseek.spec.files.batching_plan import BATCHES_IN_LIMIT, plan_of, tail_limit_ms
 from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path
 from deepseek.spec.machine.cpu import this_cpu
-from export.artifact import choice_of, engine_path, need
-from export.cache import put_in_place, stage_key
+from export.artifact import choice_of, engine_path, need, staged
+from export.cache import fill, stage_key
 from export.model_folder import Predict
 from export.rows import Row, load_rows
-from export.runtimes.onnxruntime_predictor import onnx_predictor
+from export.runtimes.onnxruntime_predictor import onnx_predictor, provider_of
 from export.runtimes.pytorch_reference import inputs_at
 
 BUDGET_S = 5.0
@@ -156,7 +155,7 @@ def main(options: argparse.Namespace) -> None:
     """The command `measure-batches`."""
     spec = DeploymentSpec.of_model(options.model, options.models, tuned=options.tuned).for_target(options.target)
     if asked := options.precision:
-        precision, provider = asked, choose_provider(spec.onnxruntime.provider)
+        precision, provider = asked, provider_of(spec)
     else:
         precision, provider = choice_of(spec.name, options.target)  # type: ignore[assignment]
     path = options.output or batches_path(spec.name, options.target)
@@ -165,7 +164,8 @@ def main(options: argparse.Namespace) -> None:
         measured = measured_batches(spec, precision, provider, options.target)
         (folder / path.name).write_text(measured.model_dump_json(indent=2) + "\n")
 
-    put_in_place(stage_key(), path, make)
+    with staged(path) as file:
+        fill(file.parent, stage_key(), make)
     measured = MeasuredBatches.model_validate_json(path.read_bytes())
     if options.json:
         print(path.read_text())

@@ -48,7 +48,17 @@ from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
 from deepseek.targets import PUBLISHABLE, TARGETS
 from deepseek.vocabulary import Vocabulary
-from export.artifact import axes_of, choice_of, digests, engine_path, need, onnx_path, read_manifest, write_manifest
+from export.artifact import (
+    axes_of,
+    choice_of,
+    digests,
+    engine_path,
+    need,
+    onnx_path,
+    read_manifest,
+    refusal,
+    write_manifest,
+)
 from export.publishing.backend_files import backend_files
 from export.publishing.engine_front import VERSION, put_front
 from export.publishing.triton_config import config_text, cuda_graph_batches, model_config
@@ -121,6 +131,8 @@ def publish_version(
     engine = need(
         engine_path(spec.name, precision, target), f"make engine {variables_for(spec.name)} PRECISION={precision}"
     )
+    if reason := refusal(engine):
+        raise InputError(f"{spec.name}: {precision} could not be made: {reason}")
     check_profile(spec, engine)
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
     model = repository / spec.name
@@ -129,6 +141,7 @@ def publish_version(
         newest = max(versions_of(model), default=0)
         served = model / str(newest)
         if if_changed and _is_the_same(scratch / str(version), served):
+            _restore_config(model, served, scratch)
             return {"path": str(served), "version": newest, "precision": precision, "target": target, "new": False}
         if not anyway:
             check_fate(spec, scratch / str(version), repository)
@@ -155,6 +168,19 @@ def publish_version(
         "target": target,
         "new": True,
     }
+
+
+def _restore_config(model: Path, served: Path, scratch: Path) -> None:
+    """Puts the newest version's configuration into the model's place if another one, or none, is there.
+
+    A publisher that is killed before its last rename leaves the earlier version's.
+    """
+    config, own = model / "config.pbtxt", (served / "config.pbtxt").read_bytes()
+    if not config.is_file() or config.read_bytes() != own:
+        (scratch / "config.pbtxt").write_bytes(own)
+        onto_disk(scratch / "config.pbtxt")
+        let_all_read(scratch)
+        _rename(scratch / "config.pbtxt", config)
 
 
 def _staging(name: str, repository: Path) -> Path:

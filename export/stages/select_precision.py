@@ -19,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-from deepseek.onnxruntime_session import choose_provider
 from deepseek.precisions import PRECISIONS
 from deepseek.spec import (
     BATCH,
@@ -61,6 +60,7 @@ from export.precision.precision_choice import add_speed, choose
 from export.rows import Row, load_rows
 from export.runtimes.batching import outputs_of
 from export.runtimes.isolation import Crashed, in_child
+from export.runtimes.onnxruntime_predictor import provider_of
 from export.runtimes.pytorch_predictor import module_predictor
 from export.runtimes.pytorch_reference import inputs_at, weights_digest
 from export.runtimes.timing import Timer, clocks, time_interleaved, wall
@@ -88,7 +88,7 @@ def compare(source: ModelFolder, target: Target, only: Precision | None) -> dict
         del variant["paired"]
         variant |= {"reason": reasons.get(name, judged[name].reason), "judgement": asdict(judged[name])}
     warning = too_small(spec, metrics)
-    provider = choose_provider(spec.onnxruntime.provider) if target == "onnxruntime" else None
+    provider = provider_of(spec) if target == "onnxruntime" else None
     return {
         "model": spec.name,
         "target": target,
