@@ -59,7 +59,8 @@ def test_an_embedding_depends_neither_on_padding_nor_on_its_batch(build: Path, e
     predict = module_predictor(SPEC, encoder)
     texts = ["Whales breathe air.", "", " ".join(["a long story about the harbour"] * 9), "He forgot his lines."] * 12
     together = model.embed(predict, texts)
-    alone = np.concatenate([predict(data.padded([ids], 128))["embedding"] for ids in data.encode(texts[:4])])
+    padding = data.encoder([128])
+    alone = np.concatenate([predict(padding.batch([row]))["embedding"] for row in padding.encode(texts[:4])])
     np.testing.assert_allclose(together, np.tile(alone, (12, 1)), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
 
@@ -136,7 +137,7 @@ def test_fetched_files_are_kept_and_broken_ones_replaced(
 
 def test_labels_name_the_ids_and_leave_padding_blank(build: Path) -> None:
     tokens, mask = ((build / "minilm" / "labels" / f"{name}.txt").read_text().split("\n") for name in SPEC.inputs)
-    ids = data.encode(["Wheat is harvested in July."])[0]
+    ids = data.encoder().encode(["Wheat is harvested in July."])[0].values["input_ids"]
     assert [tokens[number] for number in ids] == ["[CLS]", "wheat", "is", "harvested", "in", "july", ".", "[SEP]"]
     assert (tokens[0], mask[:2], len(tokens)) == ("", ["", "1"], 30522 + 1)
 

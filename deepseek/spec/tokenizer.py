@@ -5,6 +5,7 @@ Contract: raises InputError in one line if the file is missing, is not a tokeniz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 UNKNOWN = ("\u16a0\u2603", "\u0e01")  # words that hardly any vocabulary has
 
 
-def text_encoder(spec: DeploymentSpec, path: Path | None = None) -> TextEncoder:
-    """The encoder of a model, which fills its inputs; `path` is the tokenizer if it was looked up already."""
+def text_encoder(spec: DeploymentSpec, path: Path | None = None, lengths: Sequence[int] = ()) -> TextEncoder:
+    """The encoder of a model, which fills its inputs; `path` is the tokenizer if it was looked up already.
+
+    `lengths`: rows are padded to one of these, not to the longest of their batch.
+    """
     from deepseek.text_encoder import TextEncoder  # only models with [text] need the package tokenizers
 
     assert spec.text is not None
@@ -34,6 +38,7 @@ def text_encoder(spec: DeploymentSpec, path: Path | None = None) -> TextEncoder:
             max_tokens=spec.text.max_tokens or axis.max,
             min_tokens=axis.min,
             pairs=spec.text.pairs,
+            lengths=lengths,
         )
         encoder.encode([UNKNOWN if spec.text.pairs else UNKNOWN[0]])  # fails if unknown words have no token
         return encoder

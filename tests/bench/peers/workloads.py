@@ -59,7 +59,7 @@ def corpus() -> list[str]:
     graded = [text for pair in data.graded_pairs() for text in (pair.first, pair.second)]
     queries = [query for query, _ in data.searches(300)]
     texts = list(dict.fromkeys((*graded, *queries, *data.texts("evaluation", 600))))
-    found = dict(zip(texts, map(len, data.encode(texts)), strict=True))
+    found = dict(zip(texts, map(len, data.encoder().encode(texts)), strict=True))
     lengths = {text: tokens for text, tokens in found.items() if SHORTEST <= tokens < data.LONGEST}
     by_length = sorted(lengths, key=lambda text: (lengths[text], text))
     kept = [by_length[place] for place in np.linspace(0, len(by_length) - 1, COUNT).astype(int)]
@@ -70,13 +70,8 @@ def corpus() -> list[str]:
 
 def text_encoder() -> Callable[[Sequence[str]], list[Row]]:
     """A function that gives token ids and mask of each text, without padding."""
-    tokenizer = data.tokenizer()
-
-    def rows(texts: Sequence[str]) -> list[Row]:
-        found = (np.array(each.ids) for each in tokenizer.encode_batch_fast(list(texts)))
-        return [data.padded([ids], len(ids)) for ids in found]
-
-    return rows
+    encoder = data.encoder()
+    return lambda texts: [encoder.batch([row]) for row in encoder.encode(texts)]
 
 
 def _turned(found: np.ndarray, want: np.ndarray) -> str:
