@@ -19,7 +19,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from export.graphs import graph_file
 from export.model_folder import ModelFolder
 from export.rows import batches, load_rows
-from export.runtimes.pytorch_predictor import module_predictor
+from export.runtimes.pytorch_reference import module_predictor
 from export.stages.publish import publish_version
 from export.stages.quantize import quantize_model
 from export.stages.to_onnx import export_model

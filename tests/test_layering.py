@@ -29,7 +29,6 @@ LIGHT = {f"deepseek/{name}.py" for name in ("__init__", "config", "quantization"
 } - {"deepseek/sizing/model/traced.py", "deepseek/sizing/model/live_memory.py"}
 TORCH_FILES = {f"export/stages/{name}.py" for name in ("prune", "to_onnx", "to_torchscript", "to_tensorrt")} | {
     "export/runtimes/pytorch_reference.py",
-    "export/runtimes/pytorch_predictor.py",
     "export/runtimes/tensorrt_predictor.py",
     "export/runtimes/torchscript_predictor.py",
     "export/checks/gpu_baselines.py",

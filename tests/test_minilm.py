@@ -12,7 +12,7 @@ import torch
 
 from deepseek.spec import InputError
 from export.model_folder import ModelFolder, check_inputs
-from export.runtimes.pytorch_predictor import module_predictor
+from export.runtimes.pytorch_reference import module_predictor
 from models import fetch
 from models.minilm import data, model
 from models.minilm.data import SPEC

@@ -12,7 +12,7 @@ from export.model_folder import ModelFolder
 from export.precision.accuracy import check_metric, metric_drop
 from export.rows import load_rows
 from export.runtimes import pytorch_reference as reference
-from export.runtimes.pytorch_predictor import module_predictor
+from export.runtimes.pytorch_reference import module_predictor
 from export.stages.to_onnx import export_model
 from tests.conftest import RunHere
 from tests.tiny_model import TOML, tiny

@@ -79,7 +79,7 @@ from export.checks.parity_strings import (
 )
 from export.model_folder import ModelFolder, Predict
 from export.rows import Row, load_rows
-from export.runtimes.pytorch_reference import run_torch
+from export.runtimes.pytorch_reference import module_predictor
 
 Protocol = Literal["http", "grpc"]
 
@@ -215,12 +215,11 @@ def compare_served(
         if size in {spec.for_target(target).max_served_batch for target in get_args(Target)}:  # batching.max_batch
             spec = source.spec = spec.with_batches_up_to(size)
         judges = [EndpointComparison(spec, endpoint.protocol, endpoint) for endpoint in endpoints]
-        model = source.load()
         found = run_trials(
             source,
             rows,
             judges,
-            lambda inputs: run_torch(spec, model, inputs),
+            module_predictor(spec, source.load()),
             served["precision"],  # type: ignore[arg-type]
             lambda: (
                 None if ca_cert else execution_count(grpc_url, spec.name, served["version"])

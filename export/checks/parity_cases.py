@@ -22,8 +22,7 @@ from export.precision.accuracy import evaluated, paired_drop, parity, too_small
 from export.precision.accuracy_budget import Baseline, judged, sensitivity_of
 from export.rows import Row
 from export.runtimes.batching import outputs_of
-from export.runtimes.pytorch_predictor import module_predictor
-from export.runtimes.pytorch_reference import inputs_at, sizes_text
+from export.runtimes.pytorch_reference import inputs_at, module_predictor, sizes_text
 
 Outputs = Callable[[Predict], list[Row]]  # a trial: runs a predictor, returns outputs row by row
 

@@ -40,7 +40,7 @@ from export.precision.accuracy import (
 )
 from export.rows import Row, load_rows
 from export.runtimes.batching import outputs_of
-from export.runtimes.pytorch_predictor import module_predictor
+from export.runtimes.pytorch_reference import module_predictor
 
 
 class EvaluateFailed(GateFailed):

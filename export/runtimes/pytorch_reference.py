@@ -8,6 +8,7 @@ in. A profile with only one shape is checked there, with other inputs than those
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
@@ -172,9 +173,7 @@ def _sized(shape: tuple[int | str, ...], sizes: dict[str, int]) -> tuple[int, ..
 def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
     """Outputs of the PyTorch model by name; raises InputError if forward fails or they do not fit the signature."""
     arguments = ", ".join(f"{name}: {inputs[name].dtype} {list(inputs[name].shape)}" for name in spec.inputs)
-    what = (
-        f"forward({arguments}) on samples brought to these sizes{_WIDENED if getattr(model, 'widened', False) else ''}"
-    )
+    what = f"forward({arguments}) on samples at these sizes{_WIDENED if getattr(model, 'widened', False) else ''}"
     with _hinted(), user_code(folder_of(spec), what), torch.inference_mode():
         values = in_order(spec, model(*(torch.tensor(inputs[name]) for name in spec.inputs)))  # copies: it may write
     sizes = _sizes_of(spec, inputs)
@@ -186,6 +185,11 @@ def run_torch(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> Row:
                 f"{tensor.dtype} {list(tensor.shape)}, here {list(expected)}"
             )
     return {name: value.numpy(force=True) for name, value in zip(spec.outputs, values, strict=True)}
+
+
+def module_predictor(spec: DeploymentSpec, model: torch.nn.Module) -> Predict:
+    """`run_torch` of a module."""
+    return functools.partial(run_torch, spec, model)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from export.precision.accuracy_budget import Baseline, judged_variant
 from export.precision.calibration import MOST_READ, check_disjoint, disjoint
 from export.rows import EVALUATION_ROWS, Row, batches, row_digest
 from export.runtimes.batching import outputs_of
-from export.runtimes.pytorch_predictor import module_predictor
+from export.runtimes.pytorch_reference import module_predictor
 
 IMPORTANCE_ROWS = 256
 

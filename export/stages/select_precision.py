@@ -61,8 +61,7 @@ from export.rows import Row, load_rows
 from export.runtimes.batching import outputs_of
 from export.runtimes.isolation import Crashed, in_child
 from export.runtimes.onnxruntime_predictor import provider_of
-from export.runtimes.pytorch_predictor import module_predictor
-from export.runtimes.pytorch_reference import inputs_at, weights_digest
+from export.runtimes.pytorch_reference import inputs_at, module_predictor, weights_digest
 from export.runtimes.timing import Timer, clocks, time_interleaved, wall
 from export.runtimes.variants import variant_predictor, variant_timers
 

@@ -41,7 +41,6 @@ from export.quiet import quiet
 from export.rows import EVALUATION_ROWS, Row, save_rows
 from export.runtimes.batching import outputs_by_batch
 from export.runtimes.onnxruntime_predictor import opened
-from export.runtimes.pytorch_predictor import module_predictor
 from export.runtimes.pytorch_reference import (
     check_corners,
     check_memory,
@@ -50,6 +49,7 @@ from export.runtimes.pytorch_reference import (
     checked_at,
     checked_sizes,
     inputs_at,
+    module_predictor,
     sizes_text,
     traced_sizes,
     weights_digest,
