@@ -8,14 +8,14 @@ code 1 if any failed, 2 without a GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from deepseek.spec import DeploymentSpec, InputError, build_dir, one_line, variables_for
+from deepseek.spec.tables import OnnxRuntimeSpec
 from export.artifact import need, onnx_path
 from export.model_folder import ModelFolder
 from export.rows import Row, load_rows
@@ -29,7 +29,7 @@ def main(options: argparse.Namespace) -> int:
     if reason := without_gpu():
         raise InputError(f"{reason}; run this on a GPU host, with a CUDA build of PyTorch")
     source = ModelFolder(options.model, options.models)
-    inputs = opt_batch(source.spec, load_rows(build_dir(options.model) / "evaluation.npz")[0])
+    inputs = opt_batch(source.spec)
     found: dict[str, Any] = {}
     for name, make in candidates(source, inputs).items():
         try:
@@ -50,9 +50,12 @@ def without_gpu() -> str:
     return "" if torch.cuda.is_available() else f"PyTorch {torch.__version__} sees no GPU"
 
 
-def opt_batch(spec: DeploymentSpec, row: Row) -> Row:
-    """A batch of the profile's opt shape: the row's values, repeated."""
-    return {name: np.resize(row[name], spec.shape(name, "opt")) for name in spec.inputs}
+def opt_batch(spec: DeploymentSpec) -> Row:
+    """Evaluation rows as a batch of the profile's opt shape."""
+    from export.runtimes.pytorch_reference import inputs_at  # torch, which `without_gpu` tries first
+
+    rows = load_rows(build_dir(spec.name) / "evaluation.npz")
+    return inputs_at(spec, rows, {name: axis.opt for name, axis in spec.axes.items()})
 
 
 def candidates(source: ModelFolder, inputs: Row) -> dict[str, Callable[[int], float]]:
@@ -79,16 +82,11 @@ def candidates(source: ModelFolder, inputs: Row) -> dict[str, Callable[[int], fl
 
 def session_call(spec: DeploymentSpec, inputs: Row) -> Callable[[], Any]:
     """A call of the fp32 graph on ONNX Runtime's CUDA provider, copies included."""
-    import onnxruntime
+    from export.runtimes.onnxruntime_predictor import onnx_predictor
 
-    from deepseek.onnxruntime_session import open_session
-
-    session = open_session(
-        need(onnx_path(spec.name, "fp32"), f"make engine {variables_for(spec.name)}"),
-        onnxruntime.SessionOptions(),
-        "cuda",
-    ).session
-    return lambda: session.run(None, inputs)
+    graph = need(onnx_path(spec.name, "fp32"), f"make engine {variables_for(spec.name)}")
+    on_cuda = spec.model_copy(update={"onnxruntime": OnnxRuntimeSpec(provider="cuda")})
+    return functools.partial(onnx_predictor(on_cuda, graph, "onnxruntime"), inputs)
 
 
 def device_ms(call: Callable[[], Any], runs: int) -> float:
