@@ -10,10 +10,10 @@ from cli.commands.shared_options import published_target
 from cli.main import values_of, words_of
 from deepseek.spec import InputError
 from deepseek.spec.command import stdout_to_stderr
+from deepseek.spec.files.read_env_file import gpu_stack_tag
 from export.build import build
 from serving.release.release import check_options
 from serving.release.release import main as release
-from serving.stack.read_env_file import gpu_stack_tag
 
 
 def main(options: argparse.Namespace) -> None:

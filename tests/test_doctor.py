@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from deepseek.spec import InputError
+from deepseek.spec.files.read_env_file import CPU_FILES, GPU_FILES
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
-from serving.stack.read_env_file import CPU_FILES, GPU_FILES
 from tests.conftest import RunHere, write_add_one
 from tests.test_embedded import damage
 

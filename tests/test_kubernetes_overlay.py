@@ -20,6 +20,7 @@ import yaml
 
 from cli.main import values_of
 from deepseek.spec import InputError
+from deepseek.spec.files.read_env_file import GPU_FILES
 from serving.kubernetes import overlay
 from serving.kubernetes.autoscaling import METRICS, ScaleChoice, scale_of
 from serving.kubernetes.loadtest_jobs import CONFIG_MAP_BYTES, _copy_inputs
@@ -30,7 +31,6 @@ from serving.repository.served_models import served_models
 from serving.stack.api_keys import digest
 from serving.stack.certificate import ensure_certificate
 from serving.stack.gateway_limits import gateway_sizes, limits
-from serving.stack.read_env_file import GPU_FILES
 from serving.stack.server_sizes import OPENAI_MIB, REST_S, server_sizes
 from tests.conftest import write_add_one
 from tests.manifests import build, check_schema, committed, container_of, find, pod_of

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 from argparse import Namespace
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any, Literal
 from unittest.mock import Mock
 
 import numpy as np
@@ -15,7 +16,12 @@ from deepseek_client import InferenceClient
 
 import cli.release
 from cli.main import values_of
-from deepseek.spec import DeploymentSpec, InputError
+from deepseek.spec import DeploymentSpec, InputError, Target
+from deepseek.spec.stack_triton import built_triton
+from deepseek.spec.tables import OnnxRuntimeSpec
+from export.publishing.triton_config import config_text, model_config
+from loadtests.search.local_server import EMBEDDED
+from loadtests.search.stack_command import server_command, stack_command
 from serving.embedded.model_control import is_ready
 from serving.release.candidate import Candidate
 from serving.release.journal import ReleaseJournal
@@ -28,7 +34,7 @@ GPU_ENV = "COMPOSE_FILE=compose.yaml:docker/compose.gpu.yaml\n"
 DOCKER = f"""
 echo "$COMPOSE_FILE $*" >>"$RECORD"
 case "$*" in
-    *' build triton') exit "${{BUILT:-0}}" ;;
+    *' build --quiet triton') echo "no route to the registry" >&2; exit "${{BUILT:-0}}" ;;
     *' run '*) echo $$ >"$RECORD.pid"; exec {sys.executable} -m cli serve --repository "$STACK_REPOSITORY" --http-port "$TUNE_HTTP_PORT" \\
         --grpc-port "$TUNE_GRPC_PORT" --metrics-port 0 ;;
     'rm --force '*) kill $(<"$RECORD.pid"); while kill -0 $(<"$RECORD.pid"); do sleep 0.1; done ;;
@@ -49,7 +55,8 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def server(host: Path) -> AbstractContextManager[StackServer]:
-    return stack_server(host / "new", env_file=host / "env", log_path=host / "triton.log", timeout_s=60)
+    how: dict[str, Any] = {"env_file": host / "env", "log_path": host / "triton.log", "timeout_s": 60}
+    return stack_server(host / "new", built_triton(host / "env"), **how)
 
 
 @pytest.mark.server
@@ -60,7 +67,7 @@ def test_a_candidate_is_served_on_loopback_by_the_stacks_triton_and_its_containe
         assert (answer["y"] == 2).all()
     calls = (host / "record").read_text().splitlines()
     files = "compose.yaml:docker/compose.gpu.yaml:docker/compose.tune.yaml"
-    assert calls[0] == f"{files} compose --env-file {host / 'env'} build triton"
+    assert calls[0] == f"{files} compose --env-file {host / 'env'} build --quiet triton"
     assert f"{files} compose --env-file {host / 'env'} run --rm --no-TTY --no-deps --service-ports --name" in calls[1]
     assert "rm --force deepseek-stack-server-" in calls[2]
     assert not is_ready(running.http_url)
@@ -73,11 +80,26 @@ def test_a_candidate_that_does_not_start_is_one_line_with_the_last_line_of_its_l
         pass
 
 
-def test_an_image_that_cannot_be_built_is_one_line(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def candidate(host: Path) -> Candidate:
+    options = values_of("release", "--env-file", str(host / "env"))
+    journal = ReleaseJournal(host / "releases", "release", 2, before=None)
+    return Candidate(options, DeploymentSpec.load("tests/models/text"), journal, 2)
+
+
+def test_an_image_that_cannot_be_built_is_no_fault_of_the_candidate(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BUILT", "1")
-    write_add_one(host / "new")
-    with pytest.raises(InputError, match=r"the image of the stack's Triton cannot be built, see "), server(host):
-        pass
+    new = candidate(host)
+    new.on_stack = True
+    with pytest.raises(InputError, match=r"Triton cannot be built \(no route to the registry\)"), ExitStack() as stack:
+        new.start(stack)
+
+
+def test_a_missing_wheel_is_no_fault_of_the_candidate(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.embedded.wheel.WHEEL", "no-such-wheel")
+    with pytest.raises(InputError, match="no-such-wheel is not installed"), ExitStack() as stack:
+        candidate(host).start(stack)
 
 
 @pytest.mark.parametrize(
@@ -129,18 +151,54 @@ def test_the_doctor_gate_checks_for_the_stacks_triton_and_not_this_hosts_tensorr
     checked = Mock(return_value=([], []))
     monkeypatch.setattr("serving.release.candidate.examine", checked)
     (host / "env").write_text(f"{GPU_ENV}TRITON_TAG=26.09\n")
-    options = values_of("release", "--env-file", str(host / "env"))
-    journal = ReleaseJournal(host / "releases", "release", 2, before=None)
-    Candidate(options, DeploymentSpec.load("tests/models/text"), journal, 2).doctor()
+    candidate(host).doctor()
     machine = checked.call_args.args[1]
     assert (machine.triton_tag, machine.tensorrt) == ("26.09", None)
 
 
-def test_without_docker_a_release_for_a_gpu_says_so(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match="no docker on PATH"):
-        check_stack("tensorrt", host / "env")
+@pytest.mark.parametrize(
+    ("target", "backend", "on_stack"),
+    [
+        ("onnxruntime", "python", False),
+        ("onnxruntime", "onnxruntime", True),
+        ("tensorrt", "python", True),
+        ("torchscript", "python", True),
+    ],
+)
+def test_a_model_whose_backend_the_embedded_triton_lacks_is_tried_in_the_stacks(
+    host: Path, target: Target, backend: Literal["python", "onnxruntime"], on_stack: bool
+) -> None:
+    spec = DeploymentSpec.load("tests/models/image")
+    spec = spec.model_copy(update={"onnxruntime": OnnxRuntimeSpec(backend=backend)})
+    (host / "image" / "1").mkdir(parents=True)
+    (host / "image" / "config.pbtxt").write_text(config_text(model_config(spec, "fp32", target, {})))
+    assert needs_stack(host / "image", 1) == on_stack
+    tuned_in = server_command(None, spec, target, host / "env")
+    assert tuned_in == (stack_command(host / "env") if on_stack else EMBEDDED)
 
 
-def test_only_targets_that_the_embedded_triton_cannot_load_need_the_stack() -> None:
-    assert [needs_stack(target) for target in ("onnxruntime", "tensorrt", "torchscript")] == [False, True, True]
+def test_the_stacks_env_file_is_read_as_compose_reads_it(host: Path) -> None:
+    (host / "env").write_text("COMPOSE_FILE=old.yaml\nexport COMPOSE_FILE='compose.yaml'  # my own\n")
+    start = "env COMPOSE_FILE=compose.yaml:docker/compose.tune.yaml docker/stack-server.sh {repository} {http_port}"
+    assert stack_command(host / "env").startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [
+        ("env", "no .*/env of the stack; run make engine there"),
+        ("docker", "docker is not installed; install it"),
+        ("image", r"the image of the stack's Triton cannot be built \(no route to the registry\); see docker compose"),
+    ],
+)
+def test_what_the_stacks_server_needs_is_named_with_the_other_way_to_tune(
+    host: Path, lacks: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks == "env":
+        (host / "env").unlink()
+    elif lacks == "docker":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setenv("BUILT", "1")
+    with pytest.raises(InputError, match=f"^--server stack: {reason}.*, or give the command of a server: --server '"):
+        stack_command(host / "env")

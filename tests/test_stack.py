@@ -19,11 +19,11 @@ from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.image_tag import image_tag
+from deepseek.spec.files.read_env_file import setting_before
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack import stack
 from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
-from serving.stack.read_env_file import setting_before
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
 from serving.stack.write_env_file import OWN

@@ -74,7 +74,7 @@ def _tried(flag: str, help: str) -> Option:
 SERVER_COMMAND = Option(
     "--server",
     "command of the server, with {repository}, {http_port}, {grpc_port}, {metrics_port} and {openai_port}; stack: the "
-    "compose stack's Triton (default: the embedded Triton, or stack for a target that it cannot serve)",
+    "compose stack's Triton (default: the embedded Triton, or stack for a model that it cannot serve)",
 )
 
 

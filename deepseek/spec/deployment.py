@@ -219,9 +219,10 @@ class DeploymentSpec(Table):
     def has_front(self, target: Target) -> bool:
         """Whether a model that takes strings stands in front of the engine's, which a backend of Triton's own runs."""
         strings = self.text_for(target) or self.vocabulary_for(target)
-        return strings is not None and not self._runs_in_python(target)
+        return strings is not None and not self.runs_in_python(target)
 
-    def _runs_in_python(self, target: Target) -> bool:
+    def runs_in_python(self, target: Target) -> bool:
+        """Whether Triton's Python backend runs the engine: the only one of the embedded Triton."""
         return target == "onnxruntime" and self.onnxruntime.backend == "python"
 
     def with_batches_up_to(self, size: int) -> DeploymentSpec:

@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def measured(versions: Versions, options: argparse.Namespace, spec: DeploymentSpec) -> tuple[list[Run], list[Run]]:
-    server = server_command(options.server, options.target, options.env_file)
+    server = server_command(options.server, spec, options.target, options.env_file)
     plan = InterleavedPlan(
         spec=spec,
         settings=settings_of_local(options, spec, server),

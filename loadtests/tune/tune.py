@@ -71,7 +71,7 @@ def default_and_space(
 
 def conditions_of(options: argparse.Namespace, folder: Path, console: Console) -> TuneConditions:
     spec = DeploymentSpec.of_model(options.model, options.models, tuned=os.devnull).for_target(options.target)
-    server = server_command(options.server, options.target, options.env_file)
+    server = server_command(options.server, spec, options.target, options.env_file)
     return TuneConditions(
         spec=spec,
         settings=settings_of_local(options, spec, server),

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import BATCH
+from deepseek.spec.files.read_env_file import gpu_stack_tag
 from serving.doctor.engine_checks import ServedEngine
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.doctor.machine_checks import mib
-from serving.stack.read_env_file import gpu_stack_tag
 
 
 def _print_table(engines: list[ServedEngine], machine: Machine) -> None:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.read_env_file import gpu_stack_tag
 from deepseek.spec.files.repository import CONFIG
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.kubernetes.autoscaling import autoscaler_patch, load_group, scale_of
@@ -42,7 +43,6 @@ from serving.repository.checks import MANIFEST
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack.gateway_folder import gateway_folder
 from serving.stack.gateway_limits import gateway_sizes, limits
-from serving.stack.read_env_file import gpu_stack_tag
 from serving.stack.refresh import folders_of, source_of
 from serving.stack.server_sizes import server_sizes
 

@@ -24,18 +24,20 @@ from deepseek.spec import (
     PublishedManifest,
     build_dir,
 )
+from deepseek.spec.files.read_env_file import gpu_stack_tag
 from deepseek.spec.objectives import requests_to_prove
 from deepseek.spec.paired_drop import judge_drop, pair_values
+from deepseek.spec.stack_triton import built_triton
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
-from serving.embedded.launcher import EmbeddedServer, check_repository
+from serving.embedded.launcher import EmbeddedServer
+from serving.embedded.wheel import parts, scratch_place
 from serving.release.gate_commands import CommandResult, run_json
 from serving.release.journal import ReleaseJournal
-from serving.release.stack_server import StackServer, needs_stack, stack_server
+from serving.release.stack_server import StackServer, check_stack, needs_stack, stack_server
 from serving.release.step_runner import Skipped
 from serving.release.versions import copy_version, newest, same_as, stage
 from serving.repository.checks import MANIFEST
-from serving.stack.read_env_file import gpu_stack_tag
 
 MOST_ATTEMPTS = 2  # at a load test, if the load generator was too slow
 SPARE = 1.5  # times the requests that decide if all are within the limits: a few are not
@@ -51,6 +53,9 @@ class Candidate:
         self.scratch = journal.folder / "candidate"
         self.build = Path(options.new_build) / options.model if options.new_build else build_dir(options.model)
         self.which = ("--model", options.model, "--models", str(options.models))
+        self.on_stack = False
+        """Whether a version on trial needs the stack's Triton."""
+        self._compose_file = ""  # of the stack's Triton
         self._servers: dict[str, EmbeddedServer | StackServer] = {}
         self._parity: dict[str, Any] = {}
 
@@ -82,6 +87,10 @@ class Candidate:
         manifest = PublishedManifest.load(staged / str(self.number) / MANIFEST)
         if self.options.new:
             self._check_weights(manifest)
+        versions = {self.model: self.before, staged: self.number}
+        self.on_stack = any(needs_stack(model, version) for model, version in versions.items() if version is not None)
+        if self.on_stack:
+            check_stack(self.options.target, self.options.env_file)
         source_name = self.options.new or "the build"
         return f"version {self.number}, {manifest.precision} for {manifest.target}, from {source_name}"
 
@@ -114,10 +123,16 @@ class Candidate:
         return f"{len(findings)} notes, no mismatch"
 
     def start(self, stack: ExitStack) -> str:
-        """Starts its own server, which is ready once the warm-up has run."""
-        if not needs_stack(self.options.target):
-            check_repository(self.scratch / "new")
+        """Starts its own server, which is ready once the warm-up has run.
+
+        Raises InputError if this machine lacks what the server needs, which is no fault of the candidate.
+        """
         began_s = time.monotonic()
+        if self.on_stack:
+            self._compose_file = built_triton(self.options.env_file)
+        else:
+            parts()
+            scratch_place()
         try:
             self._servers["new"] = self._serve(stack, "new")
         except InputError as error:
@@ -127,11 +142,9 @@ class Candidate:
     def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer | StackServer:
         repository, log_path = self.scratch / side, self.journal.folder / f"triton-{side}.log"
         timeout_s: float = self.options.start_timeout_s
-        if needs_stack(self.options.target):
-            env_file = self.options.env_file
-            return stack.enter_context(
-                stack_server(repository, env_file=env_file, log_path=log_path, timeout_s=timeout_s)
-            )
+        if self.on_stack:
+            how = {"env_file": self.options.env_file, "log_path": log_path, "timeout_s": timeout_s}
+            return stack.enter_context(stack_server(repository, self._compose_file, **how))
         server = EmbeddedServer(
             repository, http_port=0, grpc_port=0, metrics_port=0, log_path=log_path, timeout_s=timeout_s
         )

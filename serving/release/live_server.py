@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepseek.spec import GateFailed, InputError
+from deepseek.spec.files.read_env_file import GPU_FILES, running_gateway, setting_before
 from serving.release.gate_commands import run_json
-from serving.stack.read_env_file import GPU_FILES, running_gateway, setting_before
 
 LOOK_S = 0.5
 MOST_RPS = 200  # that `deepseek switch-over-load` sends

@@ -33,7 +33,6 @@ from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import Outcome, ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options
-from serving.release.stack_server import check_stack, needs_stack
 from serving.release.step_runner import StepRunner, refresh_stack
 from serving.release.versions import beside_repository, move_in, move_out_first, newest, retire
 from serving.repository.checks import MANIFEST
@@ -183,8 +182,6 @@ def main(options: argparse.Namespace) -> None:
         check_rate(options.rate, lines)
     if Path(options.repository).exists() and not Path(options.repository).is_dir():
         raise InputError(f"{options.repository}: not a folder; name the model repository that is served (REPOSITORY=)")
-    if needs_stack(options.target):
-        check_stack(options.target, options.env_file)
     end_at_sigterm()
     with exclusive(options.model) as releases:
         model = Path(options.repository) / options.model

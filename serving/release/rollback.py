@@ -17,13 +17,13 @@ from typing import Any
 
 from deepseek.spec import GateFailed, InputError, InvalidMeasurement
 from deepseek.spec.command import end_at_sigterm
+from deepseek.spec.files.read_env_file import running_gateway
 from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, check_live_options, needs_restart
 from serving.release.step_runner import StepRunner, refresh_stack
 from serving.release.versions import newest, previous_intact
-from serving.stack.read_env_file import running_gateway
 
 
 class Rollback:

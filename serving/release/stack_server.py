@@ -1,13 +1,11 @@
-"""The compose stack's Triton alone over a candidate: for targets that the embedded server cannot load.
+"""The compose stack's Triton alone over a candidate: for engines that the embedded server cannot load.
 
-Contract: `stack_server` builds the image of the env file's stack, runs it (docker/stack-server.sh) and removes the
-container at the end. The stack itself keeps serving.
+Contract: `stack_server` runs what `built_triton` built (docker/stack-server.sh) and removes the container at the end.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,23 +16,22 @@ from pathlib import Path
 from deepseek.spec import InputError, Target
 from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.folders import let_all_read
-from deepseek.targets import TARGETS
+from deepseek.spec.files.read_env_file import GPU_FILES, setting_before
+from deepseek.spec.stack_triton import SCRIPT
 from serving.embedded.model_control import is_ready
 from serving.embedded.ports import ReservedPorts
-from serving.stack.read_env_file import GPU_FILES, setting_before
+from serving.repository.checks import config_of, engine_config
 
-ALONE_FILE = "docker/compose.tune.yaml"
-SCRIPT = "docker/stack-server.sh"
 STOP_S = 60
 
 
-def needs_stack(target: Target) -> bool:
-    """Whether the embedded server cannot load the target's engines."""
-    return TARGETS[target].backends[:1] != ("python",)
+def needs_stack(model: Path, version: int) -> bool:
+    """Whether the embedded server lacks the backend of a version's engine."""
+    return engine_config(model, version, config_of(model, version)).backend != "python"
 
 
 def check_stack(target: Target, env_file: Path) -> None:
-    """Raises InputError if a candidate of the target could not be started here."""
+    """Raises InputError without the env file of a stack with NVIDIA's Triton."""
     files = setting_before(env_file, "COMPOSE_FILE")
     if not files.startswith(GPU_FILES):
         seen = f"has COMPOSE_FILE={files}" if files else "is missing"
@@ -42,8 +39,6 @@ def check_stack(target: Target, env_file: Path) -> None:
             f"{env_file}: {seen}, but the candidate for {target} starts in NVIDIA's Triton; publish a first version "
             f"with make engine TARGET={target}, which writes it, or name it with --env-file"
         )
-    if shutil.which("docker") is None:
-        raise InputError(f"no docker on PATH, but the candidate for {target} starts in NVIDIA's Triton; install Docker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +50,19 @@ class StackServer:
 
 
 @contextmanager
-def stack_server(repository: Path, *, env_file: Path, log_path: Path, timeout_s: float) -> Iterator[StackServer]:
+def stack_server(
+    repository: Path, compose_file: str, *, env_file: Path, log_path: Path, timeout_s: float
+) -> Iterator[StackServer]:
     """The stack's Triton over `repository`, inside the `with` block; raises InputError if it does not start."""
     ports = ReservedPorts("127.0.0.1", {"HTTP": 0, "gRPC": 0})
     numbers = [str(ports.numbers[name]) for name in ("HTTP", "gRPC")]
     ports.release()  # Docker could not publish them otherwise
     let_all_read(repository)
-    environment = {**os.environ, "COMPOSE_FILE": f"{setting_before(env_file, 'COMPOSE_FILE')}:{ALONE_FILE}"}
-    build = ("docker", "compose", "--env-file", str(env_file), "build", "triton")
     serve = (SCRIPT, str(repository.resolve()), *numbers, str(env_file))
     with log_path.open("wb") as log:
-        if subprocess.run(build, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode:
-            raise InputError(f"the image of the stack's Triton cannot be built, see {log_path}")
         process = subprocess.Popen(
             serve,
-            env=environment,
+            env={**os.environ, "COMPOSE_FILE": compose_file},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -17,12 +17,12 @@ from dataclasses import asdict
 
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import alone_in, let_all_read, write_whole
+from deepseek.spec.files.read_env_file import gpu_stack_tag, setting_before
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from serving.observe.alerts import RUNBOOK
 from serving.repository.served_models import ServedModel, served_models
 from serving.stack.certificate import give
 from serving.stack.gateway_folder import ensure_folder, gateway_folder, observe_folder, results_folder, source_file
-from serving.stack.read_env_file import gpu_stack_tag, setting_before
 from serving.stack.refresh import folders_of, source_of, write_limits, write_observed, write_settings
 from serving.stack.write_env_file import environment, write_env_file
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.image_tag import image_tag
+from deepseek.spec.files.read_env_file import CPU_FILES, GPU_FILES
 from serving.repository.served_models import MIB, ServedModel
 from serving.stack.certificate import STAND_IN, name_of, owner
 from serving.stack.gateway_folder import observe_folder, results_folder
 from serving.stack.gateway_limits import BODY_IN_MEMORY, GATEWAY_FILES_MIB, GATEWAY_MIB, gateway_sizes
-from serving.stack.read_env_file import CPU_FILES, GPU_FILES
 from serving.stack.server_sizes import REST_S, SHM_MIB, server_sizes
 
 WRITTEN = "# Written by make engine (deepseek stack)"
