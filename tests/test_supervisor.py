@@ -179,6 +179,8 @@ def test_a_model_that_keeps_dying_ends_the_server(tmp_path: Path, monkeypatch: p
 def test_a_server_that_is_killed_is_one_line(tmp_path: Path) -> None:
     write_add_one(tmp_path / "repository")
     with EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log") as running:
+        with running.log_path.open("a") as log:
+            log.write("E1201 \"failed to load 'add_one' version 2: it was refused before\"\n")
         os.kill(running.pid, signal.SIGKILL)
         with pytest.raises(GateFailed, match="tritonserver was killed by SIGKILL"):
             _serve(running, [])

@@ -117,8 +117,11 @@ class EmbeddedServer:
 
     @property
     def failure(self) -> str | None:
-        """Why the supervisor stopped the server; None if it did not."""
-        return self._supervisor.failure if self._supervisor else None
+        """Why the running server ended, by itself or by the supervisor; None while it runs."""
+        if self._supervisor and self._supervisor.failure:
+            return self._supervisor.failure
+        status = self.poll()
+        return None if status is None else f"tritonserver {how_it_ended(status)} (log: {self.log_path})"
 
     @property
     def notes(self) -> list[Finding]:

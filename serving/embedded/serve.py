@@ -25,7 +25,6 @@ from deepseek.spec.vocabulary import VOCABULARY
 from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer, say
 from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes
-from serving.embedded.triton_log import failure
 
 __all__ = ["EmbeddedServer", "main"]
 
@@ -109,8 +108,8 @@ def _serve(server: EmbeddedServer, command: list[str], routes: _Routes | None = 
     child = _started(command, {**os.environ, **told}) if command else None
     try:
         while child is None or child.poll() is None:
-            if server.failure or server.poll() is not None:
-                raise GateFailed(server.failure or failure(server.log_path, server.poll() or 0))
+            if server.failure:
+                raise GateFailed(server.failure)
             if routes and (reason := routes.look()):
                 raise GateFailed(reason)
             time.sleep(0.1)

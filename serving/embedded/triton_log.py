@@ -63,7 +63,7 @@ def copy_log(lines: IO[bytes], log_path: Path, crashed: CrashDetector, ready: th
 
 
 def failure(log_path: Path, status: int) -> str:
-    """Why the server ended, and what to do."""
+    """Why the server ended before it was ready, and what to do."""
     reason = load_failures(log_path)
     if reason:
         return f"{reason}; rebuild the model with make engine, or move its folder out of the repository"
