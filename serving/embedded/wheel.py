@@ -73,7 +73,7 @@ def environment(libraries: Path, scratch: Path) -> dict[str, str]:
 
     Raises InputError if the stub needs this interpreter's shared library and that is not installed.
     """
-    search = [str(libraries), sysconfig.get_config_var("LIBDIR") or ""]
+    search = [str(libraries), sysconfig.get_config_var("LIBDIR") or "", os.environ.get("LD_LIBRARY_PATH", "")]
     bundled = next(libraries.glob(f"libpython3-*.{sys.version_info.minor}.so.1.0"), None)
     if bundled is not None:
         # The 3.13 stub is linked to the wheel's own libpython, which has another standard library: put this
