@@ -37,25 +37,20 @@ from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
 from tests.conftest import FREE
 from tests.test_onnxruntime_backend import counter, statistics
-from tests.test_pairs import LONGEST, PAIRS, scores_of_transformers
 from tests.test_text import HERE, MOST_TOKENS, TEXTS, cosine, ids_of
 from tests.tiny_checkpoints import write_checkpoint
 
 SENTENCE, SHOP = Path("tests/models/sentence"), Path("tests/models/shop")
-NAMES = ("sentence", "shop", "reranker", "tagger")
+NAMES = ("sentence", "shop", "tagger")
 
 
 @pytest.fixture(scope="module")
-def folder(
-    built_sentence: Path, built_shop: Path, built_reranker: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(built_sentence: Path, built_shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`build/`, `models/` for Triton's own ONNX Runtime backend, and the `repository/` with version 1 of each."""
     place = tmp_path_factory.mktemp("text-front")
-    for built, name in ((built_sentence, "sentence"), (built_shop, "shop"), (built_reranker, "reranker")):
-        models = built / "models" if name == "reranker" else SENTENCE.parent
-        shutil.copytree(models / name, place / "models" / name)
-        shutil.copytree(built / "build" / name, place / "build" / name)
-    shutil.copytree(built_reranker / "reranker", place / "reranker")
+    for built, model in ((built_sentence, SENTENCE), (built_shop, SHOP)):
+        shutil.copytree(model, place / "models" / model.name)
+        shutil.copytree(built / "build" / model.name, place / "build" / model.name)
     write_checkpoint(place / "tagger", "bert", "token-classifier")
     import_checkpoint(values_of("import", str(place / "tagger"), "--models", str(place / "models")))
     with pytest.MonkeyPatch.context() as patch:
@@ -160,12 +155,6 @@ def rows_of(batches: list[dict[str, Any]]) -> int:
     return sum(batch["batch_size"] * batch["compute_infer"]["count"] for batch in batches)
 
 
-def test_pairs_are_scored_as_transformers_does(folder: Path, client: InferenceClient) -> None:
-    found = client.infer("reranker", {"text": PAIRS})
-    np.testing.assert_allclose(found["logits"], scores_of_transformers(folder / "reranker", PAIRS), atol=1e-4)
-    assert (found["tokens"] > LONGEST).sum() == 3
-
-
 def test_a_row_for_each_token_has_no_padding(client: InferenceClient) -> None:
     texts = ["eggs", "eggs, milk and bread"]
     together, alone = (client.infer("tagger", {"text": sent}) for sent in (texts, texts[:1]))
@@ -208,7 +197,7 @@ def test_what_the_engine_refuses_reaches_the_caller(client: InferenceClient) -> 
 
 
 def test_the_embedded_server_says_which_backend_the_engine_needs(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"reranker_engine/config.pbtxt: this server has no onnxruntime backend"):
+    with pytest.raises(InputError, match=r"sentence_engine/config.pbtxt: this server has no onnxruntime backend"):
         check_repository(folder / "repository")
 
 
