@@ -42,10 +42,28 @@ def write_model(repository: Path, name: str, *, initialize: str = "pass", instan
     return path
 
 
+ENSEMBLE = """
+name: "twice"
+platform: "ensemble"
+max_batch_size: 8
+input { name: "x" data_type: TYPE_FP32 dims: [2, -1] }
+output { name: "y" data_type: TYPE_FP32 dims: [2, -1] }
+ensemble_scheduling {
+  step { model_name: "pair" model_version: -1 input_map { key: "x" value: "x" } output_map { key: "y" value: "z" } }
+  step { model_name: "pair" model_version: -1 input_map { key: "x" value: "z" } output_map { key: "y" value: "y" } }
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """A server as in a container, which follows the repository. `pair` takes a second to load; `other` is unaffected."""
+    """A server as in a container, which follows the repository.
+
+    `pair` takes a second to load; the ensemble `twice` calls it two times; `other` is unaffected.
+    """
     folder = tmp_path_factory.mktemp("watched")
+    (folder / "repository" / "twice" / "1").mkdir(parents=True)
+    (folder / "repository" / "twice" / "config.pbtxt").write_text(ENSEMBLE)
     write_model(folder / "repository", "pair", initialize="import time; time.sleep(1)")
     write_add_one(folder / "repository", "other")
     with EmbeddedServer(
@@ -75,6 +93,7 @@ def test_a_model_that_lost_its_processes_is_not_ready_and_then_serves_again(serv
         wait_for(lambda: len(stubs(server, "pair")) == 2)  # the others of what was unloaded have ended
         for _ in range(8):
             np.testing.assert_array_equal(client.infer("pair", X)["y"], X["x"] + 1)
+        np.testing.assert_array_equal(client.infer("twice", X)["y"], X["x"] + 2)
     first, second = said().splitlines()
     assert first.startswith("died      pair: process ")
     assert first.count("process ") == 2

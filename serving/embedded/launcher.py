@@ -277,7 +277,7 @@ def check_repository(repository: Path) -> list[str]:
         text = config.read_text(errors="replace")
         named = dict(re.findall(r'^\s*(backend|platform)\s*:\s*"([^"]*)"', text, re.MULTILINE))
         backend = named.get("backend") or named.get("platform", "python")
-        if backend != "python":
+        if backend not in ("python", "ensemble"):
             raise InputError(
                 f"{config}: this server has no {backend} backend: the embedded Triton has only python; "
                 "docker compose up serves it on a machine with a GPU; or rebuild with: make engine "
