@@ -28,7 +28,7 @@ from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError
 from deepseek.spec.files.repository import versions_of
 from export.stages import publish
 from export.stages.publish import publish_version
-from serving.embedded import verified_repository, wheel
+from serving.embedded import verified_repository
 from serving.embedded.launcher import EmbeddedServer
 from serving.embedded.model_control import is_ready
 from serving.embedded.ports import ReservedPorts
@@ -69,29 +69,6 @@ class Serving:
         """The process of the OpenAI routes."""
         below = psutil.Process(self.process.pid).children()
         return next(each for each in below if "serving.openai" in each.cmdline())
-
-
-def test_a_stub_that_needs_libpython_gets_this_interpreters_and_the_users_libraries_are_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundled = tmp_path / f"libpython3-1.{sys.version_info.minor}.so.1.0"
-    bundled.touch()
-    monkeypatch.setattr(wheel, "libpython", lambda: None)
-    with pytest.raises(InputError, match=r"needs the shared library of Python .*apt-get install python3-dev"):
-        wheel.environment(tmp_path, tmp_path)
-    monkeypatch.setattr(wheel, "libpython", lambda: tmp_path / "libpython.so")
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/local/cuda/lib64")
-    first, *_, last = wheel.environment(tmp_path, tmp_path)["LD_LIBRARY_PATH"].split(":")
-    assert (Path(first) / bundled.name).readlink() == tmp_path / "libpython.so"
-    assert last == "/usr/local/cuda/lib64"
-
-
-def test_the_stub_finds_its_packages_by_an_ascii_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (own := tmp_path / "Téléchargements" / "bin").mkdir(parents=True)
-    monkeypatch.setattr(sys, "executable", str(own / "python"))
-    first = wheel.environment(tmp_path / "none", tmp_path)["PATH"].split(":")[0]
-    assert first.isascii()
-    assert Path(first).samefile(own)
 
 
 # A process that only SIGKILL ends, as a stub that waits forever for a message from a dead server.
