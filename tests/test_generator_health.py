@@ -33,6 +33,27 @@ def test_an_unhealthy_generator_makes_the_run_invalid(
 
 
 @pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        (
+            {"thread_cpu": 0.95},
+            "lower the rate, use more workers (WORKERS=), or give the generator a machine with free "
+            "cores, or give it real-time priority (--priority, PRIORITY=1)",
+        ),
+        (
+            {"thread_cpu": 0.95, "rate_rps": None, "users": 4},
+            "use more workers (WORKERS=), or give the generator a machine with free cores",
+        ),
+        ({"workers_lost": 1, "workers": 3}, "1 of 3 workers were lost with their results: measure again"),
+    ],
+)
+def test_the_advice_for_an_unhealthy_generator_fits_the_load(
+    tmp_path: Path, changes: dict[str, Any], advice: str
+) -> None:
+    assert generator_problems(saved_run(tmp_path, steady(), **changes), SLO)[-1] == advice
+
+
+@pytest.mark.parametrize(
     ("lag_s", "problem"),
     [
         (0.02, "the generator sent late at 10/s: p99 of the lag is 20.0"),

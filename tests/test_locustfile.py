@@ -85,10 +85,12 @@ def wait_for_load(server: EmbeddedServer, before: int) -> None:
 
 def words(wanted: LoadSettings, *more: str) -> list[str]:
     """The command with the options of these settings."""
-    load = ("--rate", str(wanted.rate_rps)) if wanted.rate_rps else ("--shape", str(wanted.shape))
+    load = ["--shape", str(wanted.shape)]
+    if wanted.rate_rps:
+        load = ["--rate", str(wanted.rate_rps), "--duration-s", f"{wanted.duration_s:g}"]
     arguments = ["--model", wanted.model, "--models", wanted.models, "--protocol", wanted.protocol, "--url", wanted.url]
     arguments += ["--inputs", wanted.inputs, "--warmup-s", str(wanted.warmup_s), *load]
-    return ["loadtest", *arguments, "--duration-s", f"{wanted.duration_s:g}", *more]
+    return ["loadtest", *arguments, *more]
 
 
 def command(wanted: LoadSettings, *more: str) -> subprocess.Popen[str]:
@@ -302,6 +304,9 @@ def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], 
         np.savez(tmp_path / "other.npz", **wrong)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=says):
             check(wanted, spec)
+    np.savez(tmp_path / "number.npz", **{"00000/x": np.float32(1)})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"00000/x is a single number; the first axis must be a batch of 1"):
+        read_inputs(tmp_path / "number.npz")
     np.save(tmp_path / "x.npy", row)
     with pytest.raises(InputError, match=r"x.npy: not an .npz file of inputs"):
         read_inputs(tmp_path / "x.npy")

@@ -13,10 +13,11 @@ import pytest
 
 from deepseek.spec import SloSpec
 from loadtests.report.curves import latency_over_time, percentiles, step_s, steps
-from loadtests.report.headline import TIMES, figures
+from loadtests.report.headline import TIMES, figures, objectives
 from loadtests.report.run_page import Part, mix_page, page, write_report
 from loadtests.report.searches import capacity_page, tuning_page
 from loadtests.search.capacity_result import Capacity, ServerSettings
+from loadtests.slo.judge import judge
 from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.tune_result import Compared, ExpectedSettings, TuneResult
 from tests.browser import Browser, needs_chromium
@@ -85,6 +86,13 @@ def test_the_verdict_comes_first_and_the_servers_time_is_split(tmp_path: Path) -
     assert "client, network and the rest 3.0" in text
     assert "mean batch 2.50" in text
     assert "1 (25%), 4 (75%)" in text
+
+
+def test_the_bar_of_an_objective_is_empty_if_it_was_not_measured(tmp_path: Path) -> None:
+    limits = ("p50_ms < 20", "p50_ms < 20 @ 7 rps", "max_ms < 5")
+    judgement = judge(saved_run(tmp_path, steady(0.01, lag_s=0)), SloSpec(objectives=limits))
+    widths = re.findall(r"width:([\d.]+)%", objectives(judgement))
+    assert [float(width) for width in widths[-3:]] == [pytest.approx(40, abs=0.1), 0, 100]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from deepseek.spec import InputError
 from loadtests.load.inputs import Length
-from loadtests.load.loadtest import show
+from loadtests.load.loadtest import show, summary
 from loadtests.load.workers.recorder import FOLD_AT, Latencies, Recorder
 from loadtests.results.histogram import LONGEST_US, histogram
 from loadtests.results.run import Run, latest_run, new_run, publish, runs_folder
@@ -77,10 +77,13 @@ def test_requests_planned_in_the_warm_up_are_excluded(tmp_path: Path) -> None:
 def test_the_printed_figures_name_the_kinds_of_failures_with_a_message_of_each(tmp_path: Path) -> None:
     console = Console(width=200)
     lost = [(0.1 * place, 0.1 * place, 0.1 * place, f"Unreachable: try {place}") for place in range(3)]
+    run = saved_run(tmp_path / "run", [*steady(count=10), *lost])
     with console.capture() as printed:
-        show(saved_run(tmp_path / "run", [*steady(count=10), *lost]), console)
+        show(run, console)
     assert "13 requests, 10 answered, 3 failed (3 Unreachable); " in printed.get()
     assert "Unreachable, for example: try 0\n" in printed.get()
+    assert "service latency: p50 10.0 ms, p95 -, p99 -, p99.9 -\n" in printed.get()  # as in the report
+    assert summary(run)["latency"]["service"] == {"p50_ms": 10.007, "p95_ms": None, "p99_ms": None, "p99.9_ms": None}
 
 
 def test_a_failed_request_is_slower_than_any_limit(tmp_path: Path) -> None:

@@ -184,9 +184,20 @@ def test_only_what_a_longer_run_can_decide_is_undecided(tmp_path: Path) -> None:
             for words in (("--inputs", "a.txt"), ("--route", "/rerank"))
         ),
         (("--max-s", "60"), "--max-s 60: only for --until-decided; add it, or leave --max-s out (BUDGET_S=)"),
+        *(
+            (
+                ("--users", "2", *words),
+                f"{words[0]}: not with --users, who send again after each answer; leave one of them out",
+            )
+            for words in (("--arrivals", "constant"), ("--priority",))
+        ),
         (
-            ("--users", "2", "--arrivals", "constant"),
-            "--arrivals: not with --users, who send again after each answer; leave one of them out",
+            ("--shape", "50x30", "--duration-s", "90"),
+            "--duration-s: not with --shape, which has its own seconds; leave one of them out",
+        ),
+        (
+            ("--remote-workers", "2", "--workers", "2"),
+            "--workers: not with --remote-workers, which are one process each; leave one of them out",
         ),
     ],
 )

@@ -36,18 +36,21 @@ from loadtests.results.mixes import Mix, models_of
 from loadtests.results.run import Run
 from loadtests.results.schedule import segments_of
 from loadtests.results.settings import LoadSettings
-from loadtests.results.stretch import Distribution, shown_percentile
+from loadtests.results.stretch import Distribution, read_percentile, shown_percentile
 from loadtests.slo import slo_demands as limits
 from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.time_split import mean_batch, means_ms
 
 ALONE = ("mix", "remote_workers", "worker_of", "web", "replay")  # options that do not go with --until-decided
 TIMES = ("rate", "shape", "users", "arrivals", "duration_s")  # options that do not go with --replay
+OPEN_LOOP = ("arrivals", "priority")  # options that do not go with --users
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The figures of a run, as `--json` prints them; a percentile that falls on a failed request is null."""
-    kinds: tuple[Latency, ...] = ("intended", "service") if run.settings.open_loop else ("service",)
+    """The figures of a run, as `--json` prints them.
+
+    A percentile is null if it falls on a failed request, or if the requests are too few for it.
+    """
     return {
         "run": str(run.folder),
         "planned": run.window.planned,
@@ -56,7 +59,7 @@ def summary(run: Run) -> dict[str, Any]:
         "messages": run.window.messages,
         "throughput_rps": run.window.throughput_rps,
         "tokens_per_s": run.tokens_per_s,
-        "latency": {kind: _figures(run.window.latency(kind)) for kind in kinds},
+        "latency": {kind: _figures(run.window.latency(kind)) for kind in _kinds(run)},
         "lengths": {
             length: {"planned": found.planned, "errors": dict(found.errors), **_figures(found.latency(run.judged))}
             for length, found in run.lengths.items()
@@ -70,8 +73,12 @@ def summary(run: Run) -> dict[str, Any]:
     }
 
 
+def _kinds(run: Run) -> tuple[Latency, ...]:
+    return ("intended", "service") if run.settings.open_loop else ("service",)
+
+
 def _figures(found: Distribution) -> dict[str, float | None]:
-    figures = {f"p{percent:g}_ms": found.percentile_ms(percent) for percent in SUMMARY}
+    figures = {f"p{percent:g}_ms": read_percentile(found, percent) for percent in SUMMARY}
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
@@ -92,8 +99,9 @@ def show(run: Run, console: Console) -> None:
     console.print(f"{counts}; {window.throughput_rps:.1f} answers/s{tokens}")
     for kind, message in window.messages.items():
         console.print(f"{kind}, for example: {message}", soft_wrap=True)
-    for kind, figures in summary(run)["latency"].items():
-        shown = ", ".join(f"{name[:-3]} {'never' if ms is None else f'{ms:.2f} ms'}" for name, ms in figures.items())
+    for kind in _kinds(run):
+        latency = window.latency(kind)
+        shown = ", ".join(f"p{percent:g} {shown_percentile(latency, percent)}" for percent in SUMMARY)
         console.print(f"{kind} latency: {shown}")
     if run.lengths:
         console.print(_lengths_table(run))
@@ -124,6 +132,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.worker_of and args.remote_workers is None:
         raise InputError("--worker-of: repeat all flags of the master, including --remote-workers")
     if args.remote_workers is not None:
+        if "workers" in args.given:
+            raise InputError("--workers: not with --remote-workers, which are one process each; leave one of them out")
         args.workers = args.remote_workers
     if args.until_decided and (
         other := next((name for name in ALONE if getattr(args, name) not in (None, False)), None)
@@ -133,8 +143,12 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--speed {args.speed:g}: only for --replay; give a file of recorded traffic, or leave it out")
     if args.replay is not None and (other := next((name for name in TIMES if name in args.given), None)):
         raise InputError(f"--{other.replace('_', '-')}: not with --replay, which has its own times; leave one out")
-    if args.users is not None and "arrivals" in args.given:
-        raise InputError("--arrivals: not with --users, who send again after each answer; leave one of them out")
+    if args.shape is not None and "duration_s" in args.given:
+        raise InputError("--duration-s: not with --shape, which has its own seconds; leave one of them out")
+    if args.users is not None and (
+        other := next((name for name in OPEN_LOOP if name in args.given and getattr(args, name)), None)
+    ):
+        raise InputError(f"--{other}: not with --users, who send again after each answer; leave one of them out")
     if not args.until_decided and "max_s" in args.given:
         raise InputError(f"--max-s {args.max_s:g}: only for --until-decided; add it, or leave --max-s out (BUDGET_S=)")
     if args.mix and (other := next((name for name in ("inputs", "route") if getattr(args, name) is not None), None)):

@@ -57,9 +57,9 @@ def objectives(judgement: SloVerdict) -> str:
 
 
 def _objective(each: JudgedObjective) -> str:
-    """One objective as a row, with a bar that reaches 80 % of its length at the limit."""
+    """One objective as a row, with a bar that reaches 80 % of its length at the limit; empty if not measured."""
     used = each.seen / (each.limit or 1e-9)
-    width = 100 * min(1.0, used / 1.25) if math.isfinite(used) else 100
+    width = 0 if math.isnan(used) else 100 * min(1.0, used / 1.25)
     note = f"<span class='note'>{escape(each.note)}</span>" if each.note else ""
     return (
         f"<li class='{each.status}'><div class='objective'><b>{escape(each.name)}</b>"

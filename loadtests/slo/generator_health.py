@@ -19,6 +19,7 @@ LARGEST_LAG = 0.05
 # no request later if all come on time. More lag could spread a burst that the service would refuse.
 INCLUDED_LAG = 0.25
 MOST_CPU = 0.90  # of one core, for the thread that sends
+ALLOW = ", or give it real-time priority (--priority, PRIORITY=1)"  # in a closed loop it changes nothing
 OWN_LIMITS = {
     NO_FILE: "requests failed because the generator ran out of open files: raise its ulimit -n, or use more "
     "workers (WORKERS=)",
@@ -34,16 +35,17 @@ def generator_problems(run: Run, slo: SloSpec, *, compared: bool = False) -> lis
     """
     problems = []
     if lost := run.generator.get("workers_lost"):
-        problems.append(f"{lost} of {run.generator['workers']} workers were lost with their results")
+        problems.append(f"{lost} of {run.generator['workers']} workers were lost with their results: measure again")
     if run.window.unsent:
         problems.append(f"{run.window.unsent} of {run.window.planned} planned requests were never sent")
     problems += _lateness(run, slo, compared)
     thread_cpu = run.generator.get("thread_cpu", 0)
     if thread_cpu > MOST_CPU:
         problems.append(f"the generator's thread was {thread_cpu:.0%} busy, at most {MOST_CPU:.0%} is allowed")
-    if problems:
-        allow = "" if run.generator.get("precedence") else ", or give it real-time priority (--priority, PRIORITY=1)"
-        problems.append(f"lower the rate, or give the generator a machine with free cores{allow}")
+    if problems and not lost:
+        lower, allow = ("lower the rate, ", ALLOW) if run.settings.open_loop else ("", "")
+        allow = "" if run.generator.get("precedence") else allow
+        problems.append(f"{lower}use more workers (WORKERS=), or give the generator a machine with free cores{allow}")
     errors, timeout_s = run.window.errors, run.settings.timeout_s
     problems += [f"{errors[kind]} {why}" for kind, why in OWN_LIMITS.items() if errors[kind]]
     if (given_up := errors["DeadlineExceeded"]) and largest_limit_s(slo) > timeout_s:  # made for another SLO
