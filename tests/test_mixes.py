@@ -129,6 +129,11 @@ def test_rows_of_every_kind_are_drawn_from_a_large_file_and_sent_shuffled(
     assert sent == [int(row["ids"][0, 0]) for row in shuffled(read, seed=1)]
 
 
+def test_rows_have_the_numbers_of_their_keys(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", **{f"{row}/ids": np.full((1, 4), row) for row in range(12)})  # type: ignore[arg-type]
+    assert [int(row["ids"][0, 0]) for row in read_inputs(tmp_path / "rows.npz")] == list(range(12))
+
+
 def test_the_limit_on_bytes_uses_all_rows_and_not_only_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,18 @@ def test_the_nearest_size_of_the_encoded_request_is_sent(
     assert [LENGTHS[row % 3] for row in rows] == [4, 64]
 
 
+@pytest.mark.parametrize("column", ["row", "length", "bytes"])
+def test_inputs_that_do_not_fit_the_model_are_refused_in_one_line(
+    served: tuple[EmbeddedServer, Path], replay: Callable[..., Sent], tmp_path: Path, column: str
+) -> None:
+    np.savez(tmp_path / "other.npz", **{"00000/z": np.ones((1, 4), np.float32)})  # type: ignore[arg-type]
+    (tmp_path / "texts.txt").write_text("a")
+    for name, says in (("other.npz", "contains z, deploy.toml has x"), ("texts.txt", "deploy.toml of cart has no [te")):
+        code, _, errors = replay(f"time,{column}\n0,0\n", "--inputs", str(tmp_path / name))
+        assert (code, len(errors.splitlines())) == (2, 1), errors
+        assert says in errors
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

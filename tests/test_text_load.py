@@ -14,12 +14,14 @@ from rich.console import Console
 
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError
-from loadtests.load.inputs import count_rows, length_classes
+from loadtests.load.inputs import count_rows, length_classes, lengths_of
+from loadtests.load.replay import sizes_bytes
 from loadtests.search.local_server import EMBEDDED, local_server, settings_of_local
 from loadtests.search.trial_runner import TrialRunner
 from serving.repository.served_models import served_models
 from tests.conftest import RunHere
 from tests.gateway import skip_without_nginx, wait_for
+from tests.saved_runs import load_settings
 from tests.test_gateway_openai import in_front
 from tests.test_openai import Serving, scrape
 from tests.test_rerank import serving
@@ -90,12 +92,15 @@ def test_the_texts_take_turns_and_their_tokens_are_counted(
 
 
 def test_the_default_prompt_of_a_route_counts_as_tokens() -> None:
+    """Also where a replay looks for the nearest length; the nearest size is that of the route's body."""
     spec = DeploymentSpec.of_model("sentence", MODELS)
     assert spec.text is not None
     spec = spec.model_copy(update={"text": spec.text.model_copy(update={"default_prompt": "query"})})
     rows = [{"text": np.array([[text]], object)} for text in ("a", "ab ab: a")]
     assert [length.tokens for length in length_classes(rows, spec)] == [3, 8]
-    assert length_classes(rows, spec, on_route=True)[0].tokens == 8
+    assert length_classes(rows, spec, on_route=True)[0].tokens == lengths_of(rows, spec, on_route=True)[0] == 8
+    settings = load_settings(model="sentence", route="127.0.0.1:9/v1/embeddings")
+    assert sizes_bytes(rows[:1], settings) == [len(b'{"model": "sentence", "input": ["a"]}')]
 
 
 def test_a_capacity_search_calls_the_route_and_the_report_names_it(

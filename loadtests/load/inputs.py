@@ -63,7 +63,7 @@ def read_rows(path: Path, least: int = 1, only: Sequence[int] | None = None) -> 
         total_bytes = least * sum(member.file_size for member in arrays.zip.infolist())
         rows = list(names)
         return {
-            place: {name: _repeated(arrays[f"{rows[place]}/{name}"], least) for name in names[rows[place]]}
+            place: {name: _repeated(arrays, f"{rows[place]}/{name}", least) for name in names[rows[place]]}
             for place in _drawn(path, len(names), total_bytes, only)
         }
 
@@ -128,7 +128,7 @@ def _names(path: Path, arrays: Any) -> dict[str, list[str]]:
         names.setdefault(row, []).append(name)
     if not names:
         raise InputError(f"{path}: contains no inputs; make it again with: make engine")
-    return names
+    return dict(sorted(names.items(), key=lambda each: int(each[0])))
 
 
 def _read(path: Path, read: Callable[[Any], T]) -> T:
@@ -145,7 +145,10 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
         raise InputError(f"{path}: not an .npz file of inputs ({error})") from None
 
 
-def _repeated(array: np.ndarray, least: int) -> np.ndarray:
+def _repeated(arrays: Any, key: str, least: int) -> np.ndarray:
+    array = arrays[key]
+    if not array.ndim:
+        raise ValueError(f"{key} is a single number; the first axis must be a batch of 1")
     return np.concatenate([array, *[array[-1:]] * (least - len(array))])
 
 
@@ -159,8 +162,7 @@ def length_classes(rows: Sequence[Row], spec: DeploymentSpec, *, on_route: bool 
 
     `on_route`: the rows go to an OpenAI route, which adds the default prompt.
     """
-    name = spec.text.default_prompt if on_route and spec.text else None
-    axes, sizes = _lengths(rows, spec, "" if name is None or spec.text is None else spec.text.prompts[name])
+    axes, sizes = _lengths(rows, spec, on_route)
     if not axes:
         return [NO_LENGTH] * len(rows)
     name, texts = " x ".join(axes), axes == [TOKENS]
@@ -174,17 +176,19 @@ def length_classes(rows: Sequence[Row], spec: DeploymentSpec, *, on_route: bool 
     ]
 
 
-def lengths_of(rows: Sequence[Row], spec: DeploymentSpec) -> list[int]:
+def lengths_of(rows: Sequence[Row], spec: DeploymentSpec, *, on_route: bool = False) -> list[int]:
     """The length of each row: the product of the axes whose sizes differ between rows, or the tokens of a text."""
-    return [math.prod(size) for size in _lengths(rows, spec)[1]]
+    return [math.prod(size) for size in _lengths(rows, spec, on_route)[1]]
 
 
-def _lengths(rows: Sequence[Row], spec: DeploymentSpec, prompt: str = "") -> tuple[list[str], list[tuple[int, ...]]]:
+def _lengths(rows: Sequence[Row], spec: DeploymentSpec, on_route: bool) -> tuple[list[str], list[tuple[int, ...]]]:
     """The axes whose sizes differ between rows, and their sizes for each row; of texts, the tokens; of names, the
     items of the history."""
     if HISTORY in rows[0]:
         return ["items"], [(row[HISTORY].shape[1],) for row in rows]
     if TEXT in rows[0]:
+        name = spec.text.default_prompt if on_route and spec.text else None
+        prompt = "" if name is None or spec.text is None else spec.text.prompts[name]
         texts = [tuple(row[TEXT][0]) if spec.text and spec.text.pairs else f"{prompt}{row[TEXT][0, 0]}" for row in rows]
         return [TOKENS], [(len(row),) for row in text_encoder(spec).encode(texts)]
     sizes = [_sizes(row, spec.inputs) for row in rows]

@@ -34,17 +34,7 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
     `only` are the rows of the inputs that will be sent, if not those that `read_rows` draws.
     """
     check_numbers(settings)
-    found = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
-    for row in found.values():
-        if row.keys() == {TEXT} and (spec.text is None or row[TEXT].shape[1] != 1 + spec.text.pairs):
-            seen = "texts" if row[TEXT].shape[1] == 1 else "pairs of texts"
-            takes = "has no [text]"
-            if spec.text is not None:
-                takes = "has pairs = true: give a .tsv file" if spec.text.pairs else "has no pairs: give a .txt file"
-            raise InputError(f"{settings.inputs}: has {seen}, but deploy.toml of {settings.model} {takes}")
-        if row.keys() not in (spec.inputs.keys(), {TEXT}):
-            raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
-    rows = list((named(found, spec) if settings.names else found).values())
+    rows = list(checked_rows(settings, spec, only).values())
     try:
         options = {"timeout_s": settings.timeout_s, "retries": TRIES, "idempotent": True, **settings.access}
         with InferenceClient(settings.url, settings.protocol, **options) as client:
@@ -60,20 +50,40 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
                 with suppress(ServerBusy, ServerError, DeadlineExceeded):  # the load test measures these
                     client.infer(settings.model, rows[0])
             else:
-                _check_route(settings, settings.route, rows)
+                _check_route(settings, settings.route, rows[0])
     except InferenceError as error:
         raise InputError(str(error)) from None
     return served
 
 
-def _check_route(settings: LoadSettings, route: str, rows: Sequence[Row]) -> None:
-    """Sends a row to the OpenAI route; raises InputError if the route does not take it, or is not there."""
-    row, texts = rows[0], ROUTES[settings.over]
+def checked_rows(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | None = None) -> dict[int, Row]:
+    """The rows as they are sent, by number; InputError if the model or the OpenAI route does not take them."""
+    rows = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
+    for row in rows.values():
+        if row.keys() == {TEXT} and (spec.text is None or row[TEXT].shape[1] != 1 + spec.text.pairs):
+            seen = "texts" if row[TEXT].shape[1] == 1 else "pairs of texts"
+            takes = "has no [text]"
+            if spec.text is not None:
+                takes = "has pairs = true: give a .tsv file" if spec.text.pairs else "has no pairs: give a .txt file"
+            raise InputError(f"{settings.inputs}: has {seen}, but deploy.toml of {settings.model} {takes}")
+        if row.keys() not in (spec.inputs.keys(), {TEXT}):
+            raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
+        if settings.route is not None:
+            _check_texts(settings, row)
+    return named(rows, spec) if settings.names else rows
+
+
+def _check_texts(settings: LoadSettings, row: Row) -> None:
+    texts = ROUTES[settings.over]
     if row.keys() != {TEXT} or row[TEXT].shape[1] != texts:
         kind = "texts, such as texts.txt" if texts == 1 else "pairs of texts, such as pairs.tsv"
         raise InputError(f"--route {settings.over}: {settings.inputs} has {_listed(row)}; give --inputs with {kind}")
-    if not all(each[TEXT].all() for each in rows):
+    if not row[TEXT].all():
         raise InputError(f"{settings.inputs}: has an empty text, which {settings.over} refuses; remove the pair")
+
+
+def _check_route(settings: LoadSettings, route: str, row: Row) -> None:
+    """Sends a row to the OpenAI route; raises InputError if the route does not take it, or is not there."""
     with RouteClient(route, timeout_s=settings.timeout_s, **settings.access) as client:
         try:
             client.send(client.prepare(settings.model, row))

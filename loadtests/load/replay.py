@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from deepseek_client import InferenceClient, InferenceError
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError
-from loadtests.load.inputs import Row, lengths_of, named, read_rows, shuffled
+from deepseek.spec import DeploymentSpec, InputError
+from loadtests.load.inputs import Row, lengths_of, shuffled
+from loadtests.load.preflight import checked_rows
 from loadtests.load.traffic_file import LONGEST_S, Requests, Traffic
+from loadtests.load.wire.route import RouteClient
 from loadtests.results.settings import LoadSettings, Replay
 
 PLAN = np.dtype([("time_s", "f8"), ("row", "i4")])
@@ -56,16 +58,14 @@ def with_replay(settings: LoadSettings, traffic: Traffic, speed: float) -> LoadS
 def plan_of(traffic: Traffic, settings: LoadSettings, spec: DeploymentSpec) -> np.ndarray:
     """The plan of the model of the settings; InputError if it needs inputs that do not exist or fit."""
     assert settings.replay is not None
-    requests, least = traffic.of(settings.model), spec.axes[BATCH].min
+    requests = traffic.of(settings.model)
     plan = np.empty(len(requests.times_s), PLAN)
     plan["time_s"] = requests.times_s / settings.replay.speed
     if requests.choice == "row":
         plan["row"] = requests.values
-        read_rows(Path(settings.inputs), least, rows_in(plan))  # whether they fit
+        checked_rows(settings, spec, rows_in(plan))
     else:
-        rows = read_rows(Path(settings.inputs), least)
-        rows = named(rows, spec) if settings.names else rows
-        plan["row"] = _chosen(requests, rows, settings, spec)
+        plan["row"] = _chosen(requests, checked_rows(settings, spec), settings, spec)
     return plan
 
 
@@ -75,7 +75,10 @@ def _chosen(requests: Requests, rows: dict[int, Row], settings: LoadSettings, sp
     if requests.choice is None:
         return numbers[_places(requests.keys, np.arange(len(requests.times_s)), len(numbers))]
     arrays = [rows[number] for number in numbers.tolist()]
-    sizes = np.array(lengths_of(arrays, spec) if requests.choice == "length" else _bytes(arrays, settings))
+    if requests.choice == "length":
+        sizes = np.array(lengths_of(arrays, spec, on_route=settings.route is not None))
+    else:
+        sizes = np.array(sizes_bytes(arrays, settings))
     kinds = np.unique(sizes)
     nearest = np.searchsorted((kinds[:-1] + kinds[1:]) / 2, requests.values)  # between two, the smaller
     chosen = np.empty(len(nearest), np.int64)
@@ -92,13 +95,15 @@ def _places(keys: np.ndarray, turns: np.ndarray, count: int) -> np.ndarray:
     return (keys if len(keys) else turns) % count
 
 
-def _bytes(rows: list[Row], settings: LoadSettings) -> list[int]:
+def sizes_bytes(rows: list[Row], settings: LoadSettings) -> list[int]:
     """The bytes of each row's encoded request."""
+    options = {"timeout_s": settings.timeout_s, **settings.access}
     try:
-        with InferenceClient(
-            settings.url, settings.protocol, timeout_s=settings.timeout_s, **settings.access
-        ) as client:
+        client = InferenceClient(settings.url, settings.protocol, **options)
+        if settings.route is not None:
+            client = RouteClient(settings.route, **options)
+        with client:
             parts = [client.prepare(settings.model, row).parts for row in rows]
     except InferenceError as error:
         raise InputError(str(error)) from None
-    return [sum(map(len, each[1:] or each)) for each in parts]  # over HTTP the first part is the path
+    return [sum(map(len, each[1:] or each)) for each in parts]  # over KServe's HTTP the first part is the path
