@@ -54,6 +54,13 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Run:
     return run
 
 
+def saved(path: Path, graph: str) -> Path:
+    """Writes an ONNX file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 20]> g {graph}'), path)
+    return path
+
+
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
     """A file with one device of 1 GiB."""
@@ -128,6 +135,16 @@ def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path,
     assert "model.onnx: axis: seen 'lenght'; allowed: length " in plan(*arguments, "--axis", "lenght=8").stderr
 
 
+def test_an_axis_of_one_size_is_a_plain_number_in_the_graph(own_build: Path, tmp_path: Path, plan: Run) -> None:
+    shutil.copytree("tests/models/text", tmp_path / "models" / "text")
+    toml = tmp_path / "models" / "text" / "deploy.toml"
+    toml.write_text(toml.read_text().replace("min = 1\nopt = 16\nmax = 64", "min = 16\nopt = 16\nmax = 16"))
+    saved(own_build / "text" / "fp32" / "model.onnx", "(float[batch, 16] x) => (float[batch, 16] y) { y = Relu (x) }")
+    arguments = ("--model", "text", "--models", str(tmp_path / "models"))
+    assert json.loads(plan(*arguments, "--json").stdout)["length"] == 16
+    assert "--length 8: all axes of text besides the batch have one size" in plan(*arguments, "--length", "8").stderr
+
+
 def test_of_two_ways_to_serve_on_as_many_devices_the_faster_is_chosen(plan: Run) -> None:
     large = ("--layers", "80", "--hidden", "8192", "--heads", "64", "--max-length", "4096", "--generate")
     found = json.loads(plan(*large, "--device", "h100", "--json").stdout)["devices"]["h100"]
@@ -182,10 +199,10 @@ def test_an_unknown_device_or_file_is_an_error() -> None:
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "bool", "float16", "float", "double"])
 def test_a_graph_with_inputs_of_any_type_is_measured(dtype: str, tmp_path: Path) -> None:
-    graph = f"g ({dtype}[batch, n] x) => (float[batch, n] y) {{ y = Cast <to=1> (x) }}"
-    onnx.save(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 20]> {graph}'), tmp_path / "model.onnx")
+    graph = f"({dtype}[batch, n] x) => (float[batch, n] y) {{ y = Cast <to=1> (x) }}"
+    path = saved(tmp_path / "model.onnx", graph)
     with patch("deepseek.sizing.measure.best_s", lambda run: run() and 0.5):
-        assert measure_graph(tmp_path / "model.onnx", [2], 4, {}) == {2: 500.0}
+        assert measure_graph(path, [2], 4, {}) == {2: 500.0}
 
 
 def test_a_measured_machine_is_written_and_read_back() -> None:

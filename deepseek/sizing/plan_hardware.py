@@ -75,8 +75,13 @@ def _model(options: argparse.Namespace) -> tuple[AnyModel, DeploymentSpec | None
             f"{path}: not built; build it with: make engine MODEL={options.model}, "
             "or plan by sizes: --layers, --hidden, --heads"
         )
-    axes = {name: axis.opt for name, axis in spec.axes.items() if name != BATCH}
+    # The graph has names only for axes that are open: those of one size are plain numbers in it.
+    axes = {name: axis.opt for name, axis in spec.axes.items() if name != BATCH and axis.min < axis.max}
     if options.length is not None:
+        if not axes:
+            raise InputError(
+                f"--length {options.length}: all axes of {options.model} besides the batch have one size; leave it out"
+            )
         axes = dict.fromkeys(axes, options.length)
     return OnnxModel(path, axes=axes | _axes(options.axis)), spec
 
