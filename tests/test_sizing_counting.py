@@ -135,6 +135,22 @@ def test_a_recurrent_layer_is_counted_and_a_product_of_unknown_shape_named(
     assert model.uncounted == ["MatMul"]
 
 
+def test_a_recurrent_layer_whose_weights_the_graph_puts_together_is_counted(tmp_path: Path) -> None:
+    """As torch exports layers of more than 8192 weights."""
+    nodes = [make_node("Constant", [], ["first"], value_ints=[0])]
+    for name in ("w", "r"):
+        halves = [f"{name}-low", f"{name}-high"]
+        nodes += [
+            make_node("Split", [name], halves, axis=0, num_outputs=2),
+            make_node("Concat", halves[::-1], [f"{name}-turned"], axis=0),
+            make_node("Unsqueeze", [f"{name}-turned", "first"], [f"{name}-whole"]),
+        ]
+    nodes.append(make_node("LSTM", ["x", "w-whole", "r-whole"], ["", "y"], hidden_size=4))
+    model = OnnxModel(graph(tmp_path / "r.onnx", nodes, {"w": (16, 3), "r": (16, 4)}, [5, 2, 3]))
+    assert [op.kind for op in model.ops(5, 1)] == ["product"]
+    assert flops(model.ops(5, 1)) == 5 * 2 * 2 * 16 * (3 + 4)
+
+
 def test_operators_that_are_not_counted_are_named(tmp_path: Path) -> None:
     nodes = [
         make_node("Einsum", ["x", "x"], ["a"], equation="bi,bj->bij"),

@@ -190,15 +190,20 @@ class OnnxModel:
         for node in self.proto.graph.node:
             if node.op_type in count and (op := count[node.op_type](node, shapes)):
                 yield op
-            elif node.op_type not in FREE and not self._of_a_weight(node):
+            elif node.op_type not in FREE and node.output[0] not in self._constants:
                 if node.op_type in MEMORY:
                     yield Op(kind="memory")
                 outputs = sum(math.prod(shapes.get(name, (0,))) for name in node.output)
                 yield Op(kind="elementwise", outputs=float(outputs))
 
-    def _of_a_weight(self, node: Any) -> bool:
-        """Whether the node only converts a weight, which happens once, when the graph is loaded."""
-        return node.op_type in CARRIERS and self._weight_of(node.input[0]) is not None
+    @cached_property
+    def _constants(self) -> set[str]:
+        """Weights, and what is computed from nothing else: once, when the graph is loaded."""
+        found = {each.name for each in self.proto.graph.initializer}
+        for node in self.proto.graph.node:  # each after those that it reads
+            if node.op_type == "Constant" or (node.input and found.issuperset(filter(None, node.input))):
+                found.update(node.output)
+        return found
 
     def _product(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
         inputs = [name for name in dict.fromkeys(node.input) if name and self._weight_of(name) is None]
@@ -227,12 +232,14 @@ class OnnxModel:
     def _steps(self, node: Any, shapes: dict[str, tuple[int, ...]]) -> Op | None:
         """A recurrent layer: each of its steps reads all weights, and waits for the step before."""
         given, out = shapes.get(node.input[0]), shapes.get(node.output[0])
-        if given is None and out is None:
+        known = (self._weights.get(self._weight_of(name) or "", shapes.get(name)) for name in node.input[1:3])
+        matrices = [shape for shape in known if shape is not None]  # of the inputs, and of the state
+        if (given is None and out is None) or len(matrices) < 2:
             self._unknown.add(node.op_type)
             return None
         steps, batch = given[:2] if given else (out or ())[:3:2]  # (steps, batch, D) or (steps, directions, batch, D)
-        of_inputs, of_states = (self._weights[name] for name in self._matrices(node)[:2])
-        weights, outputs = float(math.prod(of_inputs) + math.prod(of_states)), float(batch * math.prod(of_states[::2]))
+        weights = float(sum(map(math.prod, matrices)))
+        outputs = float(batch * math.prod(matrices[1][::2]))  # (directions, gates x H, H)
         return Op(
             kind="product", flops=2.0 * batch * weights, outputs=outputs, moved=outputs, weights=weights, count=steps
         )
