@@ -145,6 +145,11 @@ def test_an_axis_of_one_size_is_a_plain_number_in_the_graph(own_build: Path, tmp
     assert "--length 8: all axes of text besides the batch have one size" in plan(*arguments, "--length", "8").stderr
 
 
+def test_a_plan_of_a_file_is_headed_by_the_files_name(tmp_path: Path, plan: Run) -> None:
+    path = saved(tmp_path / "data" / "models" / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Relu (x) }")
+    assert plan("--onnx", str(path)).stdout.startswith(f"net ({path}): ")
+
+
 def test_of_two_ways_to_serve_on_as_many_devices_the_faster_is_chosen(plan: Run) -> None:
     large = ("--layers", "80", "--hidden", "8192", "--heads", "64", "--max-length", "4096", "--generate")
     found = json.loads(plan(*large, "--device", "h100", "--json").stdout)["devices"]["h100"]

@@ -83,7 +83,7 @@ def _model(options: argparse.Namespace) -> tuple[AnyModel, DeploymentSpec | None
                 f"--length {options.length}: all axes of {options.model} besides the batch have one size; leave it out"
             )
         axes = dict.fromkeys(axes, options.length)
-    return OnnxModel(path, axes=axes | _axes(options.axis)), spec
+    return OnnxModel(path, axes=axes | _axes(options.axis), name=options.model), spec
 
 
 def _config(options: argparse.Namespace) -> TransformerConfig:

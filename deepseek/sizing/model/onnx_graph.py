@@ -49,13 +49,14 @@ class OnnxModel:
 
     default_length = 1  # the sizes of other axes must be given
 
-    def __init__(self, path: str | Path, *, axes: Mapping[str, int] | None = None) -> None:
+    def __init__(self, path: str | Path, *, axes: Mapping[str, int] | None = None, name: str = "") -> None:
         try:
             import onnx
             import onnx.inliner
         except ImportError:
             raise InputError("an ONNX file needs the package onnx; install it with: pip install onnx") from None
         self.path, self.axes, self._onnx = Path(path), dict(axes or {}), onnx
+        self.name = f"{name or self.path.stem} ({path})"
         try:
             self.proto = onnx.load(self.path, load_external_data=False)
         except OSError as error:
@@ -76,10 +77,6 @@ class OnnxModel:
             if name not in known:
                 allowed = f"{', '.join(known) or 'none'} (open axes of its inputs, besides the batch)"
                 raise InputError(f"{self.path}: axis: seen {name!r}; allowed: {allowed}")
-
-    @property
-    def name(self) -> str:
-        return f"{self.path.parent.parent.name or self.path.stem} ({self.path})"
 
     @cached_property
     def _weights(self) -> dict[str, tuple[int, ...]]:
