@@ -210,19 +210,32 @@ def test_a_graph_with_inputs_of_any_type_is_measured(dtype: str, tmp_path: Path)
         assert measure_graph(path, [2], 4, {}) == {2: 500.0}
 
 
+MEASURED = Device(
+    name='A "CPU"',
+    memory_gib=3.5,
+    bandwidth_gb_s=12.25,
+    compute_units=2,
+    rates={"fp32": 0.125},
+    launch_us=0.5,
+    platform="cpu",
+    source="measured",
+)
+
+
 def test_a_measured_machine_is_written_and_read_back() -> None:
-    device = Device(
-        name='A "CPU"',
-        memory_gib=3.5,
-        bandwidth_gb_s=12.25,
-        compute_units=2,
-        rates={"fp32": 0.125},
-        launch_us=0.5,
-        platform="cpu",
-        source="measured",
-    )
-    write_device(measured_path(), THIS_MACHINE, device)
-    assert load_devices()[THIS_MACHINE] == device
+    write_device(measured_path(), THIS_MACHINE, MEASURED)
+    assert load_devices()[THIS_MACHINE] == MEASURED
+
+
+def test_the_measured_machine_joins_your_own_devices_and_json_has_the_measured_graph(
+    mine: Path, tmp_path: Path, plan: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Relu (x) }")
+    monkeypatch.setattr("deepseek.sizing.measure.measure_machine", lambda: MEASURED)
+    monkeypatch.setattr("deepseek.sizing.measure.best_s", lambda run: run() and 0.5)
+    found = json.loads(plan("--onnx", str(path), "--devices", str(mine), "--measure", "--json").stdout)
+    assert found["devices"].keys() == {"mine", THIS_MACHINE}
+    assert found["on_this_machine"]["8"]["measured_ms"] == 500
 
 
 def test_replicas_handle_growth_during_scale_out_and_the_loss_of_one() -> None:

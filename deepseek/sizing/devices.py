@@ -77,11 +77,13 @@ class Device(Table):
         return self.rates[precision] * 1e12
 
 
-def load_devices(path: str | Path | None = None, *, names: Iterable[str] = ()) -> dict[str, Device]:
-    """Devices by key, all or only `names`; `path` replaces the project's own file."""
+def load_devices(
+    path: str | Path | None = None, *, names: Iterable[str] = (), measured: bool = False
+) -> dict[str, Device]:
+    """Devices by key, all or only `names`; `path` replaces the project's and, unless `measured`, this machine."""
     file = Path(path) if path else Path(str(files("deepseek") / "devices.toml"))
     found = read_devices(file)
-    if not path and measured_path().is_file():
+    if (measured or not path) and measured_path().is_file():
         found |= read_devices(measured_path())
     wanted = list(names) or list(found)
     for name in wanted:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from deepseek.sizing.devices import Device
+from deepseek.sizing.model.onnx_graph import OnnxModel
+from deepseek.sizing.roofline import predict
 from deepseek.spec import InputError
 from deepseek.spec.machine.cpu import memory_bytes, this_cpu
 
@@ -66,6 +68,21 @@ def measure_machine() -> Device:
         platform="cpu",
         source=f"measured by make plan MEASURE=1 on {time.strftime('%Y-%m-%d')}, ONNX Runtime, rates as reached",
     )
+
+
+def compare_graph(
+    model: OnnxModel, machine: Device, precision: str, batch: int, length: int
+) -> dict[int, dict[str, float]]:
+    """Runs a model's graph at a few batch sizes: by size, `measured_ms` and `predicted_ms`."""
+    kind = precision if precision in machine.rates else "fp32"
+    measured = measure_graph(model.path, sorted({1, 4, batch}), length, model.axes)
+    return {
+        size: {
+            "measured_ms": ms,
+            "predicted_ms": 1e3 * predict(model, machine, precision=kind, batch=size, length=length).latency_s,
+        }
+        for size, ms in measured.items()
+    }
 
 
 def measure_graph(path: Path, batches: Iterable[int], length: int, axes: Mapping[str, int]) -> dict[int, float]:

@@ -25,19 +25,23 @@ from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
 
 def main(options: argparse.Namespace) -> None:
     model, asked = read_model(options)
+    graph = None
     if options.measure:
-        from deepseek.sizing.measure import measure_machine
+        from deepseek.sizing.measure import compare_graph, measure_machine
 
-        write_device(measured_path(), THIS_MACHINE, measure_machine())
+        machine = measure_machine()
+        write_device(measured_path(), THIS_MACHINE, machine)
         print(f"measured  {measured_path()}", file=sys.stderr)
-    plan = make_plan(model, asked, load_devices(options.devices, names=options.device))
+        if isinstance(model, OnnxModel):
+            graph = compare_graph(model, machine, options.precision, asked.serving_batch, asked.training.length)
+    plan = make_plan(model, asked, load_devices(options.devices, names=options.device, measured=options.measure))
     if options.json:
-        print(json.dumps(plan.as_dict(), indent=2, default=str, allow_nan=False))
+        measured = {} if graph is None else {"on_this_machine": graph}
+        print(json.dumps(plan.as_dict() | measured, indent=2, default=str, allow_nan=False))
         return
     print_plan(plan, options.rate is not None)
-    if options.measure and isinstance(model, OnnxModel):
-        sizes = asked.serving_batch, asked.training.length
-        print_measured(model, load_devices()[THIS_MACHINE], options.precision, *sizes)
+    if graph is not None:
+        print_measured(graph)
 
 
 def read_model(options: argparse.Namespace) -> tuple[AnyModel, Request]:

@@ -7,18 +7,16 @@ fitted nor measured.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from deepseek.sizing.cost import Bill, Serving
-from deepseek.sizing.devices import Device
 from deepseek.sizing.memory import FILL
-from deepseek.sizing.model.onnx_graph import OnnxModel
 from deepseek.sizing.parallel import Layout
 from deepseek.sizing.plan import HardwarePlan
-from deepseek.sizing.roofline import predict
 
 FRONT_END_RPS = 10_000  # order of magnitude of one server's limit, which predictions do not include
 MOST_EXPLAINED = 4  # devices; nobody reads a page of reasons
@@ -174,18 +172,13 @@ def _paid(serving: Serving, paid: Bill) -> tuple[str, ...]:
     return f"{rate(serving.capacity_rps)}/s", str(serving.batch or "-"), str(paid.replicas), *priced
 
 
-def print_measured(model: OnnxModel, device: Device, precision: str, batch: int, length: int) -> None:
-    """Runs the graph at a few sizes, and prints predictions beside measurements."""
-    from deepseek.sizing.measure import measure_graph  # needs onnx
-
-    found = measure_graph(model.path, sorted({1, 4, batch}), length, model.axes)
-    kind = precision if precision in device.rates else "fp32"
+def print_measured(found: Mapping[int, Mapping[str, float]]) -> None:
+    """Prints what `compare_graph` found."""
     table, errors = _table("on this machine, one instance", "measured", "predicted", "error"), []
-    for size_of_batch, measured_ms in found.items():
-        ms = 1e3 * predict(model, device, precision=kind, batch=size_of_batch, length=length).latency_s
-        errors.append(abs(ms / measured_ms - 1))
-        error = f"{ms / measured_ms - 1:+.0%}"
-        table.add_row(f"batch {size_of_batch}", f"{measured_ms:.3g} ms", f"{ms:.3g} ms", error)
+    for batch, ms in found.items():
+        error = ms["predicted_ms"] / ms["measured_ms"] - 1
+        errors.append(abs(error))
+        table.add_row(f"batch {batch}", f"{ms['measured_ms']:.3g} ms", f"{ms['predicted_ms']:.3g} ms", f"{error:+.0%}")
     console = _console()
     console.print(table)
     console.print(f"error     median {statistics.median(errors):.0%}, worst {max(errors):.0%}; fastest of many runs")
