@@ -107,6 +107,8 @@ def test_json_has_the_whole_plan_with_null_for_what_is_impossible(plan: Run) -> 
         ([*SIZES, "--rate", "5", "--growth", "1e308"], "--growth: seen '1e308'; a number, 0 to 1e12, is needed"),
         (["--layers", f"{10**20}", *SIZES[2:]], "a whole number, 1 to 1,000,000,000, is needed"),
         ([*SIZES, "--rate", "14", "--capacity", "nowhere.json"], "nowhere.json: cannot be read"),
+        ([*SIZES, "--capacity", "nowhere.json"], "--capacity: only with --rate, which adds replicas and cost"),
+        ([*SIZES, "--rate", "5", "--price", "1"], "--price: is of the machine that make capacity measured"),
         ([*SIZES, "--disk-mb-s", "0"], "--disk-mb-s: seen '0'; a number, 1e-6 to 1e12, is needed"),
         (["--onnx", "README.md"], "README.md: not an ONNX file"),
         (["--onnx", "nowhere.onnx"], "nowhere.onnx: cannot be read"),
@@ -139,14 +141,18 @@ def test_an_axis_of_one_size_is_a_plain_number_in_the_graph(own_build: Path, tmp
     shutil.copytree("tests/models/text", tmp_path / "models" / "text")
     toml = tmp_path / "models" / "text" / "deploy.toml"
     toml.write_text(toml.read_text().replace("min = 1\nopt = 16\nmax = 64", "min = 16\nopt = 16\nmax = 16"))
-    saved(own_build / "text" / "fp32" / "model.onnx", "(float[batch, 16] x) => (float[batch, 16] y) { y = Relu (x) }")
+    saved(
+        own_build / "text" / "fp32" / "model.onnx", "(float[batch, 16] x) => (float[batch, 16] y) { y = Softmax (x) }"
+    )
     arguments = ("--model", "text", "--models", str(tmp_path / "models"))
     assert json.loads(plan(*arguments, "--json").stdout)["length"] == 16
     assert "--length 8: all axes of text besides the batch have one size" in plan(*arguments, "--length", "8").stderr
 
 
 def test_a_plan_of_a_file_is_headed_by_the_files_name(tmp_path: Path, plan: Run) -> None:
-    path = saved(tmp_path / "data" / "models" / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Relu (x) }")
+    path = saved(
+        tmp_path / "data" / "models" / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Softmax (x) }"
+    )
     assert plan("--onnx", str(path)).stdout.startswith(f"net ({path}): ")
 
 
@@ -230,7 +236,7 @@ def test_a_measured_machine_is_written_and_read_back() -> None:
 def test_the_measured_machine_joins_your_own_devices_and_json_has_the_measured_graph(
     mine: Path, tmp_path: Path, plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = saved(tmp_path / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Relu (x) }")
+    path = saved(tmp_path / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Softmax (x) }")
     monkeypatch.setattr("deepseek.sizing.measure.measure_machine", lambda: MEASURED)
     monkeypatch.setattr("deepseek.sizing.measure.best_s", lambda run: run() and 0.5)
     found = json.loads(plan("--onnx", str(path), "--devices", str(mine), "--measure", "--json").stdout)
@@ -271,6 +277,8 @@ def test_an_unreachable_limit_and_a_too_small_device_are_reported() -> None:
     tiny = DEVICES["t4"].model_copy(update={"memory_gib": 0.5})
     small = predicted_serving(BERT, tiny, precision="fp16", length=512, p99_ms=50)
     assert small == "does not fit in 80 % of 0.5 GiB"
+    many = predicted_serving(BERT, DEVICES["t4"], precision="fp16", length=512, p99_ms=50, instances=10_000)
+    assert "does not fit" in str(many)
 
 
 def capacity(tmp_path: Path, **changes: Any) -> Path:

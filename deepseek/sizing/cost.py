@@ -91,8 +91,12 @@ def predicted_serving(
     length: int | None,
     p99_ms: float,
     most_batch: int = LARGEST_BATCH,
+    instances: int = 1,
 ) -> Serving | str:
-    """Capacity of one device by the roofline, in batches of up to `most_batch`; a sentence if it cannot serve."""
+    """Capacity of one device by the roofline, in batches of up to `most_batch`; a sentence if it cannot serve.
+
+    `instances` are the copies that must fit; copies beyond those of the device add no throughput.
+    """
     length = model.default_length if length is None else length
     best: tuple[int, float] | None = None
     batch, first_ms = 1, math.inf
@@ -101,7 +105,7 @@ def predicted_serving(
             batch=batch,
             length=length,
             precision=precision,  # type: ignore[arg-type]
-            instances=device.instances,
+            instances=max(instances, device.instances),
             platform=device.platform,
         )
         if inference_memory(model, setup).total_bytes > device.usable_bytes:

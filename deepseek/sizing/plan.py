@@ -245,7 +245,13 @@ def _capacity(
         return None, f"one copy needs {chosen.devices} devices: plan by the latency above"
     length, p99_ms = request.training.length, request.demand.p99_ms
     predicted = predicted_serving(
-        model, device, precision=precision, length=length, p99_ms=p99_ms, most_batch=request.most_batch
+        model,
+        device,
+        precision=precision,
+        length=length,
+        p99_ms=p99_ms,
+        most_batch=request.most_batch,
+        instances=request.instances,
     )
     return (None, predicted) if isinstance(predicted, str) else (predicted, "")
 

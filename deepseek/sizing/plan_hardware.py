@@ -115,9 +115,16 @@ def _axes(given: list[str]) -> dict[str, int]:
 
 
 def _request(options: argparse.Namespace, length: int, batch: int, most_batch: int) -> Request:
+    asked = ("p99_ms", "growth", "scale_out_s", "capacity", "price")
+    if options.rate is None and (unused := [name for name in asked if name in options.given]):
+        raise InputError(f"--{unused[0].replace('_', '-')}: only with --rate, which adds replicas and cost")
     capacity = options.capacity
     if capacity is None and options.model and (found := build_dir(options.model) / "capacity.json").is_file():
         capacity = found
+    if options.price is not None and capacity is None:
+        raise InputError(
+            "--price: is of the machine that make capacity measured, and there is no result; run it, or give --capacity"
+        )
     demand = None
     if options.rate is not None:
         demand = Demand(
