@@ -46,6 +46,7 @@ MISTAKES = {
     "missing name": ('name = "recommender"', "", "name: missing", ""),
     "an infinite rate": ("rate_rps = 100", "rate_rps = inf", "slo.rate_rps: seen inf", "finite"),
     "a delay past the timeout": ("max_queue_delay_us = 1000", "max_queue_delay_us = 200000\nqueue_timeout_ms = 25", "batching.max_queue_delay_us: seen 200000", "less than queue_timeout_ms (25 ms)"),
+    "a delay past the timeout of a target": ("max_queue_delay_us = 0 ", "max_queue_delay_us = 50000\nqueue_timeout_ms = 20 ", "targets.onnxruntime.batching.max_queue_delay_us: seen 50000", "less than queue_timeout_ms (20 ms)"),
     "an axis that is not a Python identifier": ("axes.batch", 'axes."x²"', "axes.x²: seen 'x²'", "a Python identifier"),
     "a slash in a tensor": ("inputs.item_ids", 'inputs."item/ids"', "inputs.item/ids: seen 'item/ids'", "no space or slash"),
     "true for a size": ('["batch", 50]', '["batch", true]', "inputs.item_ids.shape: seen ['batch', True]", "sizes from 1"),

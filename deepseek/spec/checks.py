@@ -43,7 +43,7 @@ def listed(names: Any) -> str:
 
 
 def at(key: str, message: str) -> PydanticCustomError:
-    """An error for a validator to raise about a key other than the one it validates."""
+    """An error for a validator to raise about a key of the table that it validates."""
     return PydanticCustomError("at", "{message}", {"key": key, "message": message})
 
 
@@ -87,9 +87,10 @@ def first_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
     found = error.errors(include_url=False)  # a misspelt key is also reported as missing: report the misspelling
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
     loc = tuple(part for part in first["loc"] if part != "[key]")
-    key = prefix + ".".join(str(part) if str(part).isprintable() else repr(part) for part in loc)
+    below = (first["ctx"]["key"],) if first["type"] == "at" else ()
+    key = prefix + ".".join(str(part) if str(part).isprintable() else repr(part) for part in (*loc, *below))
     if first["type"] == "at":
-        return first["ctx"]["key"], first["ctx"]["message"]
+        return key, first["ctx"]["message"]
     if first["type"] == "json_invalid":
         return key, f"not valid JSON: {first['ctx']['error']}"
     if first["type"] == "missing":

@@ -163,7 +163,7 @@ class BatchingSpec(Table):
     def _served_in_time(self) -> BatchingSpec:
         if self.queue_timeout_ms is not None and self.max_queue_delay_us >= self.queue_timeout_ms * 1000:
             raise at(
-                "batching.max_queue_delay_us",
+                "max_queue_delay_us",
                 f"seen {self.max_queue_delay_us}; allowed: less than queue_timeout_ms ({self.queue_timeout_ms} ms), "
                 "or every request that comes alone is refused",
             )
@@ -193,9 +193,7 @@ class TensorrtSpec(Table):
     @model_validator(mode="after")
     def _graphs_wanted(self) -> TensorrtSpec:
         if self.cuda_graph_batches and not self.cuda_graphs:
-            raise at(
-                "tensorrt.cuda_graph_batches", f"seen {list(self.cuda_graph_batches)}, but cuda_graphs is not true"
-            )
+            raise at("cuda_graph_batches", f"seen {list(self.cuda_graph_batches)}, but cuda_graphs is not true")
         return self
 
 
@@ -256,9 +254,9 @@ class OnnxRuntimeSpec(Table):
     @model_validator(mode="after")
     def _fits(self) -> OnnxRuntimeSpec:
         if self.options and not is_accelerator(self.provider):
-            raise at("onnxruntime.options", f"provider is {self.provider}; name an accelerator as the provider")
+            raise at("options", f"provider is {self.provider}; name an accelerator as the provider")
         if self.backend == "onnxruntime" and is_accelerator(self.provider) and not PROVIDERS[self.provider].is_nvidia:
-            raise at("onnxruntime.backend", f"seen onnxruntime, which has no {self.provider}; use python, the default")
+            raise at("backend", f"seen onnxruntime, which has no {self.provider}; use python, the default")
         return self
 
 
