@@ -93,6 +93,13 @@ class Opened(NamedTuple):
         )
 
 
+def control_group(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Path:
+    """The folder of this process's control group of version 2; the root if it is in none."""
+    with contextlib.suppress(OSError):
+        return groups / own.read_text().partition("0::/")[2].split("\n")[0]
+    return groups
+
+
 def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """Cores that this process can use: its CPU affinity, capped by the quota of its control group.
 
@@ -100,8 +107,7 @@ def cores(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
     """
     count = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):  # "max": no quota
-        folder = own.read_text().partition("0::/")[2].split("\n")[0]
-        quota_us, period_us = (groups / folder / "cpu.max").read_text().split()
+        quota_us, period_us = (control_group(groups, own) / "cpu.max").read_text().split()
         return min(count, max(1, math.ceil(int(quota_us) / int(period_us))))
     with contextlib.suppress(OSError, ValueError):  # control groups version 1
         quota_us, period_us = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))

@@ -9,7 +9,7 @@ import pytest
 
 from deepseek.sizing import measure as sizing_measure
 from deepseek.spec import InputError
-from deepseek.spec.machine.cpu import Cpu
+from deepseek.spec.machine.cpu import Cpu, memory_bytes
 from deepseek.spec.machine.gpus import matching, parse_gpus
 from loadtests.load import measure as load_measure
 from serving.doctor import machine as machine_module
@@ -62,3 +62,14 @@ def test_measurements_count_the_cores_and_the_memory_that_a_container_allows(mon
     machine = load_measure._machine()
     assert (machine["cpu"], machine["cores"], machine["memory_gib"]) == ("EPYC", 6, 3.0)
     assert sizing_measure.instance_threads() == 3
+
+
+def test_memory_is_the_least_limit_of_the_groups_that_the_process_is_in(tmp_path: Path) -> None:
+    """As systemd's MemoryMax= sets one."""
+    (tmp_path / "own").write_text("0::/web.slice/web.service\n")
+    (tmp_path / "web.slice" / "web.service").mkdir(parents=True)
+    (tmp_path / "web.slice" / "memory.max").write_text("max\n")
+    (tmp_path / "web.slice" / "web.service" / "memory.max").write_text("4096000\n")
+    assert memory_bytes(tmp_path, tmp_path / "own") == 4096000
+    (tmp_path / "web.slice" / "memory.max").write_text("2048000\n")
+    assert memory_bytes(tmp_path, tmp_path / "own") == 2048000

@@ -8,9 +8,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek.onnxruntime_session import cores
-
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
+from deepseek.onnxruntime_session import control_group, cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +55,12 @@ def has_int8_dot_products(file: Path = Path("/proc/cpuinfo")) -> bool | None:
     return None if found is None else bool(found)
 
 
-def memory_bytes() -> int:
-    """Memory that processes may use in total: the machine's, or the limit of their control group."""
+def memory_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """Memory that processes may use in total: the machine's, or the least limit of their control groups."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in _MEMORY_LIMITS:
+    group = control_group(groups, own)
+    second = [folder / "memory.max" for folder in (group, *group.parents)]
+    for path in (*second, groups / "memory" / "memory.limit_in_bytes"):  # of versions 2 and 1
         with contextlib.suppress(OSError, ValueError):  # control groups of another version, or "max": no limit
-            limits.append(int(Path(path).read_text()))
+            limits.append(int(path.read_text()))
     return min(limits)
