@@ -25,7 +25,7 @@ from loadtests.load.child_process import free_ports
 from tests.conftest import run_module
 from tests.test_training import cross_entropy
 from tests.test_transformer import tiny
-from tests.training_worker import config, main_in_fork, network, train
+from tests.training_worker import config, diverge_in_fork, main_in_fork, network, train
 from tests.warm import WARM
 
 pytestmark = pytest.mark.server
@@ -66,6 +66,19 @@ def kill_rank_1(process: subprocess.Popen[str], folder: Path) -> str:
     return pid
 
 
+def in_forks(target: Callable[..., None], *arguments: Any) -> None:
+    """Runs `target` in two processes of one job, each with its environment as the last argument."""
+    (port,) = free_ports(1)
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    processes = [WARM.Process(target=target, args=(*arguments, rank)) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 Ranks = Callable[[str], list[dict[str, Any]]]
 
 
@@ -75,15 +88,8 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
     @cache
     def run(*ways: str) -> Path:
-        folder, (port,) = tmp_path_factory.mktemp(ways[0]), free_ports(1)
-        job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-        processes = [WARM.Process(target=main_in_fork, args=(folder, ways, rank)) for rank in ranks]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0, 0]
+        folder = tmp_path_factory.mktemp(ways[0])
+        in_forks(main_in_fork, folder, ways)
         return folder
 
     # DTensor's caches keep the group of a sharded model
@@ -103,6 +109,11 @@ def test_two_processes_have_the_losses_and_weights_of_one(way: str, unkilled: Ra
 
 def test_no_thread_of_the_process_group_remains_at_the_end_of_the_interpreter(unkilled: Ranks) -> None:
     assert [rank["threads"].count("gloo") for way in ("data", "pipeline") for rank in unkilled(way)] == [0] * 4
+
+
+def test_no_process_of_a_diverged_run_ends_before_the_last_good_weights_are_kept(tmp_path: Path) -> None:
+    in_forks(diverge_in_fork, tmp_path)
+    assert [(tmp_path / f"kept-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
 
 
 @pytest.mark.parametrize(

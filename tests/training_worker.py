@@ -7,16 +7,18 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from deepseek.config import TrainingConfig
 from deepseek.spec.command import exit_code
-from deepseek.training import TrainingResult, train_model
+from deepseek.training import TrainingDiverged, TrainingResult, recipe, train_model
 from tests.test_training import cross_entropy, points
 
 ROWS_A_STEP = 16
@@ -67,6 +69,23 @@ def main_in_fork(folder: Path, ways: Sequence[str], environment: dict[str, str])
     sys.argv[1:] = [str(folder), ",".join(ways), "{}"]
     main()
     atexit._run_exitfuncs()  # at whose end these do not run
+
+
+def diverge_in_fork(folder: Path, environment: dict[str, str]) -> None:
+    """Diverges; rank 0 writes slowly. Notes whether the last good weights are there when the process would end."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(1)
+        save(*arguments)
+
+    rank, save = int(environment["RANK"]), recipe.save_model
+    try:
+        with patch.object(recipe, "save_model", slowly):
+            train(network(), config("data", 2, learning_rate=1e20), folder)
+    except TrainingDiverged:
+        (folder / f"kept-{rank}").write_text(str((folder / "last_good.safetensors").is_file()))
 
 
 if __name__ == "__main__":

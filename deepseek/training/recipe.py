@@ -348,6 +348,7 @@ class _Run:
             f"(step before: {position.gradient_norm:.3g}). Last good weights: {kept}. {advice}"
         )
         self._write_report(message)
+        self.accelerator.wait_for_everyone()  # the launcher stops all processes when the first of them ends
         return TrainingDiverged(message, step=step, learning_rate=rate, gradient_norm=norm)
 
     def _write_report(self, failure: str = "") -> None:
