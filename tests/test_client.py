@@ -313,6 +313,7 @@ def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer)
         pytest.param({"ca_cert": 5}, "a file's path", id="certificate as a number"),
         pytest.param({"ca_cert": "/absent.pem"}, "No such file", id="no certificate"),
         pytest.param({"ca_cert": __file__}, "must be a PEM file", id="bad certificate"),
+        pytest.param({"ca_cert": "/dev/null"}, "must be a PEM file", id="empty certificate"),
         pytest.param({"api_key": "k"}, "only sent over TLS", id="key in the clear"),
         pytest.param({"api_key": "k\r\nX: y", "tls": True}, "pass the bare key", id="key with a newline"),
     ],

@@ -21,7 +21,7 @@ from deepseek_client import (
     Unreachable,
 )
 from deepseek_client.cli.main import main
-from deepseek_client.options import check_headers
+from deepseek_client.options import check_headers, system_authorities
 
 from loadtests.load.wire.frames import END_HEADERS, END_STREAM, HEAD, HEADERS, SETTINGS
 from serving.embedded.serve import EmbeddedServer
@@ -167,6 +167,29 @@ def test_tls_trusts_the_given_authority_and_the_host_of_its_certificate(
             client.ready()
         assert str(refused.value).startswith(f"the certificate of {address} is not trusted (")
     relay.close()
+
+
+@kinds
+@protocols
+def test_tls_without_a_given_authority_trusts_those_of_the_system(
+    protocol: str,
+    kind: Kind,
+    server: EmbeddedServer,
+    certificate: tuple[Path, ssl.SSLContext],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ca_cert, context = certificate
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca_cert))
+    monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
+    relay = relay_to(server, protocol, context)
+    with kind(relay.url, protocol, tls=True) as client:
+        assert client.ready("add_one")
+    relay.close()
+
+
+def test_grpcs_own_variable_replaces_the_systems_authorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "roots.pem")
+    assert system_authorities() is None
 
 
 def test_the_command_line_sends_the_environments_key_only_over_tls(

@@ -35,7 +35,7 @@ from deepseek_client.http.connection import AsyncConnection, BlockingConnection
 from deepseek_client.http.pool import AsyncPool, BlockingPool
 from deepseek_client.http.transport import HttpTransport
 from deepseek_client.metadata import Inputs, ModelMetadata
-from deepseek_client.options import ClientOptions, read_pem
+from deepseek_client.options import ClientOptions, read_pem, system_authorities
 from deepseek_client.statistics import Statistics
 from deepseek_client.transport import Deadline, Parameters, PreparedRequest, Transport
 
@@ -105,7 +105,9 @@ class _Client:
         """To one address. The load generator's client brings connections of its own."""
         authority = None if options.ca_cert is None else read_pem(options.ca_cert)
         if options.protocol == "grpc":
-            credentials = grpc.ssl_channel_credentials(authority) if options.speaks_tls else None
+            credentials = None
+            if options.speaks_tls:
+                credentials = grpc.ssl_channel_credentials(authority or system_authorities())
             channel = (AsyncChannel if self._on_loop else BlockingChannel)(url, credentials, options.response_limit)
             return GrpcTransport(url, channel, options.api_key)
         cadata = authority and authority.decode()

@@ -5,6 +5,7 @@ Contract: each check raises InvalidInput in one line, with the value seen and wh
 
 import contextlib
 import math
+import os
 import re
 import ssl
 import urllib.parse
@@ -188,10 +189,26 @@ def read_pem(path: str | Path) -> bytes:
     """The ASCII of a PEM file of certificates; its comments may have other characters. Raises InvalidInput."""
     try:
         pem = Path(path).read_bytes().decode("ascii", "ignore")
-        ssl.create_default_context(cadata=pem)  # refuses anything else
+        ssl.create_default_context(cadata=pem or " ")  # refuses anything else; "" would be the system's authorities
     except (OSError, ValueError) as error:
         raise InvalidInput(f"ca_cert={str(path)!r}: {error}; it must be a PEM file of certificates") from None
     return pem.encode()
+
+
+def system_authorities() -> bytes | None:
+    """The authorities that OpenSSL trusts on this system, as PEM: gRPC has a list of its own instead.
+
+    None, for that list, if the system has none, or if gRPC's own variable names a file.
+    """
+    if os.environ.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"):
+        return None
+    paths = ssl.get_default_verify_paths()  # $SSL_CERT_FILE and $SSL_CERT_DIR, or OpenSSL's own
+    found: list[bytes] = []
+    hashed = sorted(Path(paths.capath).glob("*.[0-9]")) if paths.capath else []
+    for file in (Path(paths.cafile or ""), *hashed):
+        with contextlib.suppress(OSError):
+            found.append(file.read_bytes())
+    return b"\n".join(found) or None
 
 
 def _check_key(api_key: str | None, tls: bool) -> None:
