@@ -9,13 +9,20 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from deepseek_client import ConnectionLost, InferenceClient, InvalidInput, ServerError
+from deepseek_client import (
+    ConnectionLost,
+    InferenceClient,
+    InferenceError,
+    InvalidInput,
+    ModelNotFound,
+    ServerError,
+)
 from deepseek_client.cli.commands import connect
 from deepseek_client.tensors import listed_to_numpy
 from tritonclient.grpc import service_pb2
 
 from loadtests.results.settings import LoadSettings
-from tests.failing_servers import answering, grpc_answering, refuse
+from tests.failing_servers import answering, grpc_answering, refuse, status
 from tests.fake_kserve import SIGNATURE, Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
 
 X = {"x": np.ones((1, 3), np.float32)}
@@ -159,6 +166,55 @@ def test_bytes_that_are_no_message_are_one_error(call: Callable[[Any], Any]) -> 
     answers = grpc_answering(lambda request, context: b"\xff\x01")
     with answers as (url, _), InferenceClient(url, retries=0) as client, pytest.raises(ServerError):
         call(client)
+
+
+@pytest.mark.parametrize(
+    ("model", "line", "body"),
+    [
+        pytest.param(None, "400 Bad Request", "", id="Triton"),
+        pytest.param("m", "400 Bad Request", '{"error":"Model version not ready"}', id="Triton's model"),
+        pytest.param("m", "404 Not Found", '{"error":"Model m not found"}', id="MLServer's model"),
+        pytest.param(
+            "m", "503 Service Unavailable", '{"error":"Model with name m is not ready."}', id="KServe's model"
+        ),
+    ],
+)
+def test_servers_say_that_they_are_not_ready(model: str | None, line: str, body: str) -> None:
+    with answering(status(line, body)) as (url, seen), InferenceClient(url, "http") as client:
+        assert not client.ready(model)
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "error", "says"),
+    [
+        ("400 Bad Request", '{"error":"this port needs https://"}', InvalidInput, "this port needs https://"),
+        (
+            "400 Bad Request",
+            "<html>The plain HTTP request was sent to HTTPS port</html>",
+            InvalidInput,
+            "400 Bad Request",
+        ),
+        ("404 Not Found", "<html>", ModelNotFound, "404 Not Found"),
+        ("500 Internal Server Error", "", ServerError, "500 Internal Server Error"),
+    ],
+)
+def test_an_answer_that_does_not_say_whether_the_server_is_ready_is_an_error(
+    line: str, body: str, error: type[InferenceError], says: str
+) -> None:
+    with (
+        answering(status(line, body)) as (url, _),
+        InferenceClient(url, "http") as client,
+        pytest.raises(error, match=says),
+    ):
+        client.ready()
+
+
+def test_whether_a_server_is_ready_is_asked_again_while_a_gateway_is_busy_or_lost_it() -> None:
+    lines = iter(["429 Too Many Requests", "502 Bad Gateway", "503 Service Unavailable", "200 OK"])
+    busy = http_serving(lambda path, body: http_answer(b"", status=next(lines)))
+    with busy as url, InferenceClient(url, "http") as client:
+        assert client.ready()
 
 
 # A server without the binary extension; these are the bytes of MLServer 1.7.1.

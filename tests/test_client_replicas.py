@@ -103,7 +103,7 @@ def test_a_replica_is_ejected_while_its_model_is_not_ready(server: EmbeddedServe
 @pytest.mark.parametrize("first", [True, False])
 def test_one_replica_that_is_ready_makes_the_service_ready(relays: MakeRelays, first: bool) -> None:
     (lives,) = relays("http", 1)
-    with answering(status("400 Bad Request")) as (other, _):
+    with answering(status("400 Bad Request", "")) as (other, _):
         with client_of([other, lives.url] if first else [lives.url, other], "http") as client:
             assert [client.ready("add_one") for _ in range(8)] == [True] * 8
         with client_of([other], "http") as client:

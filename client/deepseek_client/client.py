@@ -146,7 +146,7 @@ class InferenceClient(_Client):
         return self._core.statistics()
 
     def ready(self, model: str | None = None, *, version: str = "", timeout_s: float | None = None) -> bool:
-        """Whether the server, or the model, can take requests on any replica. Raises Unreachable if none answers."""
+        """Whether the server, or the model, can take requests on any replica. Raises InferenceError if none says."""
         return run(self._core.ready(model, version=version, timeout_s=timeout_s))
 
     def metadata(self, model: str, *, version: str = "", timeout_s: float | None = None) -> ModelMetadata:

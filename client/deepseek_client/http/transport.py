@@ -23,6 +23,7 @@ from deepseek_client.errors import (
     InferenceError,
     InvalidInput,
     ModelNotFound,
+    ModelNotReady,
     ServerError,
     Unreachable,
 )
@@ -54,9 +55,14 @@ class HttpTransport:
     async def ready(self, model: str | None, version: str, deadline: Deadline) -> bool:
         path = f"{_path(model, version)}/ready" if model else "/v2/health/ready"
         answer = await self._exchange("GET", path, deadline)
-        if answer.status in (401, 403):
-            raise self._error(answer)
-        return answer.status == 200
+        if answer.status == 200:
+            return True
+        error = self._error(answer)
+        is_empty = answer.status == 400 and not answer.body  # Triton: the server is not ready
+        is_unknown = model is not None and isinstance(error, ModelNotFound)
+        if is_empty or is_unknown or isinstance(error, ModelNotReady) or "not ready" in str(error):
+            return False
+        raise error  # a gateway's own, or of a server without KServe v2
 
     async def metadata(
         self, model: str, version: str, deadline: Deadline, cancel: Cancel | None = None
