@@ -66,6 +66,8 @@ def _check(options: argparse.Namespace) -> None:
     given = [name for name in ("text", "history", "inputs") if getattr(options, name) is not None]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]}: seen both; give one of them")
+    if "row" in options.given and given in (["text"], ["history"]):
+        raise InputError(f"--row: seen with --{given[0]}; it picks a sample of the inputs: leave it out")
     if options.pair is not None and options.text is None:
         raise InputError("--pair: seen without --text; give the first text of the pair with --text")
     if options.prompt_name and options.text is None:

@@ -83,6 +83,8 @@ def test_a_terminal_without_utf_8_shows_the_answer(server: EmbeddedServer, monke
         pytest.param("infer add_one --url GRPC --inputs x.csv", 2, "must end in .npz or .json", id="kind of file"),
         pytest.param("infer add_one --url GRPC --inputs absent.npz", 2, "absent.npz: No such file", id="no file"),
         pytest.param("infer slow --url GRPC --inputs x.json --timeout-s 0.05", 1, "did not answer", id="slow"),
+        pytest.param("infer add_one --text one --row 1", 2, "--row 1: picks a row of --inputs", id="row of a text"),
+        pytest.param("infer add_one --inputs x.json --fill 0", 2, "--fill 0; it must be 1 or more", id="fill"),
     ],
 )
 def test_command_line_errors_are_one_line(

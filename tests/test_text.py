@@ -229,6 +229,7 @@ def test_the_command_sends_a_text(server: EmbeddedServer, run_here: RunHere) -> 
         (("--prompt-name", "query"), "--prompt-name: seen without --text"),
         (("--text", "a", "--pair", "b"), "--text: sentence takes single texts: leave --pair out"),
         (("--text", "a", "--inputs", "x.json"), "--text and --inputs: seen both; give one of them"),
+        (("--text", "a", "--row", "3"), "--row: seen with --text; it picks a sample of the inputs"),
     ):
         run = run_here(*place, *words)
         assert (run.returncode, run.stderr.count("\n")) == (2, 1)

@@ -96,8 +96,11 @@ def infer(
     as_json: bool = False,
 ) -> int:
     """Sends the request in a file, or texts, and shows it and the answer."""
-    if top < 1:
-        raise InvalidInput(f"--top {top}; it must be 1 or more")
+    for name, number in (("top", top), ("fill", fill)):
+        if number < 1:
+            raise InvalidInput(f"--{name} {number}; it must be 1 or more")
+    if row is not None and inputs is None:
+        raise InvalidInput(f"--row {row}: picks a row of --inputs; leave it out of --text")
     names = read_labels(labels) if labels else {}
     signature = client.metadata(model)
     texts = {} if text is None else {"text": _texts(text, signature)}
