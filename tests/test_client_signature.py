@@ -126,6 +126,7 @@ def _damaged(path: Path) -> None:
         pytest.param("x.npz", _damaged, "not an .npz file of plain arrays", id="damaged"),
         pytest.param("x.json", lambda path: path.write_text("[" * 100_000), "not JSON", id="endless"),
         pytest.param("x.json", lambda path: path.write_text("[1]"), 'it must be an object: {"name of an', id="list"),
+        pytest.param("x.json", lambda path: path.write_text('{"x": [[1], [1, 2]]}'), "differ in length", id="ragged"),
     ],
 )
 def test_a_file_without_a_request_is_refused_in_one_line(
@@ -134,6 +135,18 @@ def test_a_file_without_a_request_is_refused_in_one_line(
     write(tmp_path / name)
     with pytest.raises(InvalidInput, match=says):
         read_inputs(tmp_path / name, dataclasses.replace(MODEL, inputs=()))
+
+
+def test_a_json_request_to_a_server_that_describes_no_inputs_has_numpys_types(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"ids": [[1, 2]], "prices": [1, 0.5], "new": [true], "names": ["é"]}')
+    bare = dataclasses.replace(MODEL, inputs=())
+    specs = bare.with_inputs(read_inputs(tmp_path / "x.json", bare)).inputs
+    assert [str(spec) for spec in specs] == [
+        "ids (INT64 [1, 2])",
+        "prices (FP64 [2])",
+        "new (BOOL [1])",
+        "names (BYTES [1])",
+    ]
 
 
 @pytest.mark.parametrize(("datatype", "value"), [("INT64", 1), ("BYTES", "a")])

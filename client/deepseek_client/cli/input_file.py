@@ -4,7 +4,8 @@ Contract: `read_inputs` returns arrays of the model's types, or raises InvalidIn
 - .npz: arrays by input name; `row` picks one row, by default all are sent. Or a build's `evaluation.npz` with the keys
   "00000/item_ids", "00001/item_ids" and so on, each a batch of one; `row` picks one, by default the first.
 - .json: {"item_ids": [[1, 2, 3]]}. Numbers are cast if nothing is lost (1.0 to an integer, 0.1 to the nearest float)
-  and refused otherwise (1.5 to an integer, 300 to INT8, true to a number).
+  and refused otherwise (1.5 to an integer, 300 to INT8, true to a number). If the server describes no inputs, they are
+  sent as INT64, FP64, BOOL or BYTES.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tritonclient.utils import np_to_triton_dtype
 
 from deepseek_client.errors import InvalidInput
 from deepseek_client.metadata import ModelMetadata, TensorMetadata
@@ -63,11 +65,23 @@ def _from_json(path: Path, metadata: ModelMetadata, row: int | None) -> dict[str
     if not isinstance(values, dict):
         name = next(iter(specs), "name of an input")
         raise InvalidInput(f'{path}: a {type(values).__name__}; it must be an object: {{"{name}": [...]}}')
+    if not specs:  # the server does not describe its inputs
+        specs = {name: _spec_of(f"{path}: {name!r}", name, value) for name, value in values.items()}
     arrays = {
         name: _exactly(f"{path}: {name!r}", value, specs[name]) if name in specs else np.array(None)
         for name, value in values.items()
     }  # ModelMetadata.check refuses unknown names
     return _picked(path, arrays, row)
+
+
+def _spec_of(where: str, name: str, value: Any) -> TensorMetadata:
+    """A tensor of the type that numpy gives the value: INT64, FP64, BOOL or BYTES."""
+    try:
+        array = np.array(value)
+    except ValueError:
+        raise InvalidInput(f"{where}: the lists in it differ in length") from None
+    datatype = "BYTES" if array.dtype.kind in "OSU" else np_to_triton_dtype(array.dtype)
+    return TensorMetadata(name=name, datatype=datatype, shape=array.shape)
 
 
 def _picked(path: Path, arrays: dict[str, np.ndarray], row: int | None) -> dict[str, np.ndarray]:
