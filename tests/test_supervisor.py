@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceClient, M
 from deepseek.spec import GateFailed, InputError
 from serving.embedded import supervisor
 from serving.embedded.launcher import EmbeddedServer
-from serving.embedded.model_control import is_ready
+from serving.embedded.model_control import ModelControl, is_ready
 from serving.embedded.serve import _serve
 from serving.embedded.server_process import ServerProcess
 from serving.embedded.stub_processes import LOOK_S
@@ -146,6 +147,13 @@ def test_a_process_killed_while_a_new_version_loads_gets_a_second_try(
         wait_for(lambda: client.ready("new"))
         np.testing.assert_array_equal(client.infer("new", X)["y"], X["x"] + 1)
     assert "died" not in said()
+
+
+def test_a_load_that_takes_too_long_names_the_option() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        control = ModelControl(f"127.0.0.1:{silent.getsockname()[1]}", "", timeout_s=0.1)
+        reason = control.change("slow", "load")
+    assert reason == "no answer within 0.1 s (--timeout-s); it serves what still loads after that"
 
 
 def test_a_process_killed_during_the_start_ends_it_with_one_line(tmp_path: Path) -> None:

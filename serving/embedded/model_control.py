@@ -46,6 +46,8 @@ class ModelControl:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 text = json.loads(text)["error"]
             return text.partition("\n\nAt:")[0]  # a Python model's own reason, without its stack
+        except TimeoutError:
+            return f"no answer within {self._timeout_s:g} s (--timeout-s); it serves what still loads after that"
         except OSError as error:
             return str(error)
         return None
