@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, build_dir
 from export.artifact import refusal
+from export.cache import STAGE_KEYS
 from export.precision.ptq import _forget_dims
 from export.precision.qdq import found_precision, share_equal_weights
 from export.precision.sensitivity import output_error
@@ -48,6 +50,18 @@ def settings(folder: Path, **changed: Any) -> QuantConfig:
 def layers(path: Path) -> list[str]:
     """Names of the products with weights."""
     return [node.name for node in onnx.load(path).graph.node if node.op_type == "Gemm"]
+
+
+def test_an_8_bit_graph_is_cached_for_one_fingerprint(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str | None] = []
+    monkeypatch.setenv("DEEPSEEK_CACHE", str(copied / "cache"))
+    monkeypatch.setenv(STAGE_KEYS, '{"": "k"}')
+    monkeypatch.setattr(quantize, "put_in_place", lambda key, *_: keys.append(key))
+    for told in ("a", "a", "b", None):
+        source: Any = SimpleNamespace(data_digest=lambda told=told: told)
+        quantize_model(TEXT, settings(copied), source)
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[3] is None
 
 
 def test_each_graph_has_the_precision_that_was_asked_for(built: Path) -> None:
