@@ -84,6 +84,7 @@ class Number:
 
 POSITIVE = Number("a number above 0", least=0, inclusive=False)
 NOT_NEGATIVE = Number("a number, 0 or more,", least=0)
+PORT = Number("a port, 1 to 65535,", least=1, most=65535, whole=True)
 
 
 def at_least(least: int) -> Number:

@@ -100,6 +100,20 @@ def test_a_mistake_is_one_line_with_the_value_and_what_is_allowed(
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        *("release --requests 199", "release --load-rate 201", "release --threshold 0", "rollback --switch-s -1"),
+        *("serve --exit-timeout-s 0", "serve --timeout-s nan", "parity --rows 0", "stack --gateway-port 65536"),
+        *("keys --expires-days 36501", "keys --rate-rps 1.5"),
+    ],
+)
+def test_a_number_outside_the_bounds_of_an_option_is_refused(line: str) -> None:
+    command, flag, value = line.split()
+    with pytest.raises(Misuse, match=f"^{flag}: seen '{value}'; .* is needed$"):
+        values_of(command, flag, value)
+
+
+@pytest.mark.parametrize(
     ("word", "told"),
     [
         ("loadtst", "error: deepseek has no command loadtst; did you mean loadtest? (deepseek --all lists them)\n"),

@@ -228,7 +228,6 @@ def test_a_release_rewrites_the_files_of_a_running_stack_for_its_own_repository_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--gateway-port", "0"), "GATEWAY_PORT: seen 0"),
         (("--local-ports", "8000"), "LOCAL_PORTS: seen '8000'; use two ports, HTTP,GRPC, such as 8000,8001, or 0"),
         (("--local-ports", "8443,8001"), "GATEWAY_PORT=8443 is one of LOCAL_PORTS"),
         (("--repository", "nosuch"), "nosuch: no model in it"),

@@ -60,7 +60,7 @@ ROWS = (
             *SERVER,
             Option("--http-url", "host:port of HTTP (default: --url through a gateway, else its host and --http-port)"),
             Option("--timeout-s", "deadline of a request", kind=float, default=120.0),
-            Option("--rows", "most evaluation rows (default: all)", kind=int, variable=""),
+            Option("--rows", "most evaluation rows (default: all)", kind=at_least(1), variable=""),
             Option("--base-url", "gRPC of another version with [vocabulary]: its metric on these rows", variable=""),
             JSON,
         ),

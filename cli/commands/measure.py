@@ -9,10 +9,12 @@ from cli.commands.shared_options import (
     PROTOCOL,
     REPOSITORY,
     SERVER,
+    SHADOW_REQUESTS,
+    SWITCH_RATE,
     TLS,
     WORKERS,
 )
-from cli.options import NOT_NEGATIVE, POSITIVE, Number, Option, at_least, path, switch
+from cli.options import NOT_NEGATIVE, PORT, POSITIVE, Number, Option, at_least, path, switch
 from cli.table import Command
 from deepseek.targets import TARGETS
 
@@ -21,7 +23,6 @@ MAX_IN_FLIGHT = Option(
     "most unanswered requests of a worker; others are dropped (default: 512, or as the SLO needs)",
     kind=at_least(1),
 )
-PORT = Number("a port, 1 to 65535,", least=1, most=65535, whole=True)
 REQUESTS = Number("a whole number, 1 to 1000,", least=1, most=1000, whole=True)
 JUDGED_BY = Option(
     "--target",
@@ -152,7 +153,7 @@ INSIDE = (
             Option("--base-url", "host:port of the server in use", required=True),
             Option("--new-url", "host:port of the server that shall replace it", required=True),
             PROTOCOL,
-            Option("--requests", "requests to each server", kind=int, default=1000),
+            Option("--requests", "requests to each server", kind=SHADOW_REQUESTS, default=1000),
             Option("--threshold", "per cent by which the median latency may rise", kind=POSITIVE, default=10.0),
             Option("--timeout-s", "deadline of a request", kind=float, default=10.0),
             INPUTS,
@@ -173,7 +174,7 @@ INSIDE = (
             TARGET,
             TLS,
             Option("--until", "version to wait for", kind=int, required=True),
-            Option("--rate", "requests/s (default: the SLO's, 200 at most)", kind=float),
+            Option("--rate", "requests/s (default: the SLO's, 200 at most)", kind=SWITCH_RATE),
             Option("--before-s", "seconds of load before the change", kind=float, default=3.0),
             Option("--after-s", "seconds of load after it", kind=float, default=3.0),
             Option("--max-s", "longest wait for the version", kind=float, default=60.0),

@@ -12,14 +12,17 @@ from cli.commands.shared_options import (
     OPENAI_PORT,
     REPOSITORY,
     SERVER,
+    SHADOW_REQUESTS,
     STACK,
+    SWITCH_RATE,
     TARGET,
     TRITON_TAG,
 )
-from cli.options import Option, folder_name, path, path_text, switch
+from cli.options import POSITIVE, Number, Option, at_least, folder_name, path, path_text, switch
 from cli.table import Command
 
 GATEWAY_FOLDER = Option("--folder", "the gateway's folder (default: gateway/ in --build)", kind=path, variable="")
+DAYS = Number("a number above 0, up to 36500,", least=0, most=36_500, inclusive=False)
 RUNBOOK = Option("--runbook", "where alerts link to", default="docs/runbook.md")
 LISTEN = (
     Option("--address", "address to listen on", default="127.0.0.1", variable=""),
@@ -27,15 +30,20 @@ LISTEN = (
     GRPC_PORT,
     Option("--metrics-port", "port of the server's metrics", kind=int, default=8002, exported=True),
     Option("--behind-gateway", "allow only inference, metadata and readiness", kind=switch, variable=""),
-    Option("--exit-timeout-s", "longest wait for requests in flight when stopping", kind=int, variable=""),
+    Option("--exit-timeout-s", "longest wait for requests in flight when stopping", kind=at_least(1), variable=""),
     Option("--trace-url", "OpenTelemetry collector that gets spans (default: none)", default=""),
     Option("--trace-every", "trace every Nth request; 0: only those with a traceparent", kind=int, default=0),
 )
 """Options of the embedded server and of the flags for NVIDIA's server."""
 LIVE = (
     *SERVER,
-    Option("--load-rate", "requests/s during the switch (default: the SLO's, 200 at most)", kind=float, variable=""),
-    Option("--switch-s", "longest wait for the server to switch", kind=float, default=60.0, variable=""),
+    Option(
+        "--load-rate",
+        "requests/s during the switch (default: the SLO's, 200 at most)",
+        kind=SWITCH_RATE,
+        variable="",
+    ),
+    Option("--switch-s", "longest wait for the server to switch", kind=POSITIVE, default=60.0, variable=""),
     ENV_FILE,
 )
 """Options for the server that callers use while its version changes."""
@@ -51,12 +59,12 @@ RELEASE = Command(
         Option("--new-build", "folder that --new was built in: weights, inputs (default: --build)", kind=path_text),
         TARGET,
         *LIVE,
-        Option("--rate", "requests/s of the objectives (default: each that the SLO names)", kind=float),
-        Option("--duration-s", "seconds of the objectives' load test, at least", kind=int, default=30),
-        Option("--requests", "requests of the shadow load", kind=int, default=1000, variable=""),
-        Option("--threshold", "per cent by which p50 may rise", kind=float, default=10.0, variable=""),
-        Option("--parity-rows", "most evaluation rows of parity (default: all)", kind=int, variable=""),
-        Option("--start-timeout-s", "longest wait for the candidate to start", kind=float, default=300.0, variable=""),
+        Option("--rate", "requests/s of the objectives (default: each that the SLO names)", kind=POSITIVE),
+        Option("--duration-s", "seconds of the objectives' load test, at least", kind=at_least(1), default=30),
+        Option("--requests", "requests of the shadow load", kind=SHADOW_REQUESTS, default=1000, variable=""),
+        Option("--threshold", "per cent by which p50 may rise", kind=POSITIVE, default=10.0, variable=""),
+        Option("--parity-rows", "most evaluation rows of parity (default: all)", kind=at_least(1), variable=""),
+        Option("--start-timeout-s", "longest wait for the candidate to start", kind=POSITIVE, default=300, variable=""),
         JSON,
     ),
     examples=(
@@ -77,8 +85,12 @@ ROWS = (
             REPOSITORY,
             *LISTEN,
             OPENAI_PORT,
-            Option("--poll-s", "interval at which the server looks for new versions (default: never)", kind=int),
-            Option("--timeout-s", "longest wait for readiness", kind=float, default=120.0, variable=""),
+            Option(
+                "--poll-s",
+                "interval at which the server looks for new versions (default: never)",
+                kind=at_least(1),
+            ),
+            Option("--timeout-s", "longest wait for readiness", kind=POSITIVE, default=120.0, variable=""),
             Option("--profile", "folder for request traces and operator times", kind=path, variable=""),
             Option("--echo-log", "write the server's log to standard output", kind=switch, variable=""),
             Option("--no-preload", "run Triton without the library that wakes its batcher in time", kind=switch),
@@ -122,11 +134,11 @@ ROWS = (
         "list the gateway's API keys; --name creates one, --revoke revokes one",
         options=(
             Option("--name", "create a key for this caller and print it", from_make_line_only=True),
-            Option("--expires-days", "days until the new key expires (default: never)", kind=float),
+            Option("--expires-days", "days until the new key expires (default: never)", kind=DAYS),
             Option(
                 "--rate-rps",
                 "requests/s of the new key (default: twice those of the SLOs, at least 100)",
-                kind=float,
+                kind=at_least(1),
                 variable="KEY_RPS",
             ),
             Option("--bulk", "the new key's requests wait behind those of other keys", kind=switch),

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from cli.options import NOT_NEGATIVE, Number, Option, folder_name, path, path_text, switch
+from cli.options import NOT_NEGATIVE, PORT, Number, Option, at_least, folder_name, path, path_text, switch
 from deepseek.targets import DEFAULT, TARGETS
 
 JSON = Option("--json", "print the result as JSON", kind=switch)
@@ -40,7 +40,7 @@ ENV_FILE = Option("--env-file", "file that docker compose reads", kind=path, def
 HOSTS = Option("--host", "host name in the certificate, besides localhost", repeat=True, variable="GATEWAY_HOSTS")
 STACK = (
     ENV_FILE,
-    Option("--gateway-port", "port of the gateway (default: the current one, at first 8443)", kind=int),
+    Option("--gateway-port", "port of the gateway (default: the current one, at first 8443)", kind=PORT),
     Option(
         "--local-ports",
         "HTTP and gRPC port of the stack on 127.0.0.1, without TLS and key; 0: none (default: the current ones, at "
@@ -64,6 +64,8 @@ WORKERS = Option(
     kind=Number("a whole number, -1 to 256,", least=-1, most=256, whole=True),
     default=1,
 )
+SHADOW_REQUESTS = at_least(200)  # of a shadow load; fewer give no confidence interval
+SWITCH_RATE = Number("a number above 0, up to 200,", least=0, most=200, inclusive=False)
 ARRIVALS = Option("--arrivals", "gaps between requests", choices=("poisson", "constant"), default="poisson")
 CA_CERT = Option(
     "--ca-cert",

@@ -340,8 +340,6 @@ def urls_of(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def main(options: argparse.Namespace) -> None:
-    if options.rows is not None and options.rows < 1:
-        raise InputError(f"--rows {options.rows}; it must be 1 or more")
     grpc_url, http_url = urls_of(options)
     with kept_for_json(options.json), client_errors():
         source = ModelFolder(options.model, options.models)

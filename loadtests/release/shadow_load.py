@@ -181,8 +181,6 @@ def judged(shadow: Shadow, threshold: float) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> int:
     """Sends the requests, judges the answers, prints the result as JSON; returns the exit code."""
-    if args.requests < LEAST_REQUESTS:
-        raise InputError(f"--requests {args.requests}: a confidence interval needs {LEAST_REQUESTS} or more")
     spec = DeploymentSpec.of_model(args.model, args.models)
     rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model)), spec.axes[BATCH].min), seed=0)
     try:

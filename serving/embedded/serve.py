@@ -8,7 +8,6 @@ Errors are one line.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import signal
@@ -145,9 +144,6 @@ def _started(command: list[str], environment: dict[str, str]) -> subprocess.Pope
 def main(options: argparse.Namespace) -> int:
     if options.profile and options.trace_url:
         raise InputError("--profile writes traces to files, --trace-url sends them: give only one (TRACE_URL=)")
-    for name in ("timeout_s", "poll_s", "exit_timeout_s"):
-        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
     if options.command and shutil.which(options.command[0]) is None:
         raise InputError(f"{options.command[0]}: no such command to run while serving; see deepseek serve --help")
     end_at_sigterm()

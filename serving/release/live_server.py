@@ -9,7 +9,6 @@ first version of a model.
 from __future__ import annotations
 
 import argparse
-import math
 import socket
 import time
 from dataclasses import dataclass
@@ -20,16 +19,11 @@ from deepseek.spec.files.read_env_file import GPU_FILES, running_gateway, settin
 from serving.release.gate_commands import run_json
 
 LOOK_S = 0.5
-MOST_RPS = 200  # that `deepseek switch-over-load` sends
 LONGEST_S = 3  # for the version: a server that hangs must not delay a rollback
 
 
-def check_live_options(options: argparse.Namespace) -> None:
-    """Raises InputError for bad options of the switch, before any gate runs; finds the running stack's local port."""
-    if options.load_rate is not None and not 0 < options.load_rate <= MOST_RPS:
-        raise InputError(f"--load-rate {options.load_rate:g}: it must be more than 0 and at most {MOST_RPS} requests/s")
-    if not 0 < options.switch_s < math.inf:
-        raise InputError(f"--switch-s {options.switch_s:g}: it must be more than 0")
+def use_local_port(options: argparse.Namespace) -> None:
+    """Sets the address to the running stack's local port, unless the user named another."""
     local = setting_before(options.env_file, f"LOCAL_{options.protocol.upper()}_PORT")  # LOCAL_PORTS=8100,8101
     named = options.given & {"url", "http_port", "grpc_port"}
     if local and not named and running_gateway(options.repository, options.env_file):

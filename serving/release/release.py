@@ -11,7 +11,6 @@ refuses the version, it is taken out again. Versions too old for a rollback are 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import sys
 import time
@@ -32,12 +31,10 @@ from serving.release.candidate import MOST_ATTEMPTS, Candidate
 from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import Outcome, ReleaseJournal, exclusive
-from serving.release.live_server import LiveServer, check_live_options
+from serving.release.live_server import LiveServer, use_local_port
 from serving.release.step_runner import StepRunner, refresh_stack
 from serving.release.versions import beside_repository, move_in, move_out_first, newest, retire
 from serving.repository.checks import MANIFEST
-
-LEAST_REQUESTS = 200  # fewer give the shadow load no confidence interval
 
 
 class Release:
@@ -146,16 +143,10 @@ class Release:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises InputError for a bad option, before anything is built; finds the running stack's local port."""
-    for name in ("rate", "duration_s", "threshold", "parity_rows", "start_timeout_s"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value:g}: it must be more than 0")
-    if options.requests < LEAST_REQUESTS:
-        raise InputError(f"--requests {options.requests}: it must be {LEAST_REQUESTS} or more, for an interval")
+    """Raises InputError for options that contradict each other; finds the running stack's local port."""
     if options.new_build and not options.new:
         raise InputError(f"--new-build {options.new_build}: name its repository too (--new, NEW=)")
-    check_live_options(options)
+    use_local_port(options)
 
 
 def check_rate(rate: float, lines: list[Objective]) -> None:

@@ -21,7 +21,7 @@ from deepseek.spec.files.read_env_file import running_gateway
 from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import ReleaseJournal, exclusive
-from serving.release.live_server import LiveServer, check_live_options, needs_restart
+from serving.release.live_server import LiveServer, needs_restart, use_local_port
 from serving.release.step_runner import StepRunner, refresh_stack
 from serving.release.versions import newest, previous_intact
 
@@ -88,7 +88,7 @@ class Rollback:
 
 
 def main(options: argparse.Namespace) -> None:
-    check_live_options(options)
+    use_local_port(options)
     end_at_sigterm()
     with exclusive(options.model) as releases:
         model = options.repository / options.model

@@ -51,8 +51,6 @@ def _check(options: argparse.Namespace) -> None:
     options.local_ports = local_ports(options.local_ports or setting_before(options.env_file, "LOCAL_PORTS"))
     options.project = options.project or setting_before(options.env_file, "COMPOSE_PROJECT_NAME") or PROJECT
     options.triton_tag = options.triton_tag or gpu_stack_tag(options.env_file) or TRITON_TAG
-    if not 0 < options.gateway_port < 65536:
-        raise InputError(f"GATEWAY_PORT: seen {options.gateway_port}; use a port from 1 to 65535")
     if options.gateway_port in options.local_ports:
         raise InputError(f"GATEWAY_PORT={options.gateway_port} is one of LOCAL_PORTS; use three different ports")
     if not PROJECT_NAME.fullmatch(options.project):
