@@ -19,7 +19,7 @@ from cli.commands import COMMANDS
 from cli.environment import TRITON_WHEEL
 from cli.main import values_of
 from deepseek.spec.machine.triton_release import TRITON_TAG
-from serving.embedded.flags import CLOSED, OPENAI_DRAIN_S, Endpoints, behind_gateway, server_flags
+from serving.embedded.flags import CLOSED, OPENAI_DRAIN_S, Endpoints, server_flags
 from serving.stack.server_sizes import OPENAI_MIB
 from tests.conftest import RunHere
 from tests.failing_servers import answering, mute, status
@@ -28,15 +28,15 @@ DOCKERFILES = sorted(Path("docker").glob("*.Dockerfile"))
 
 
 def test_the_stacks_flags_are_the_embedded_servers_and_close_all_but_inference(run_here: RunHere) -> None:
-    here = Endpoints(address="0.0.0.0")
-    stack, plain = behind_gateway("/models", here, "secret"), server_flags("/models", here)
+    command = ("flags", "--repository", "/models", "--address", "0.0.0.0")
+    stack = run_here(*command, "--behind-gateway", TRITON_ADMIN_KEY="secret").stdout.splitlines()
+    plain = run_here(*command).stdout.splitlines()
+    assert plain == server_flags("/models", Endpoints(address="0.0.0.0"))
     assert set(plain) - set(stack) == {"--exit-timeout-secs=3"}
     names = ",".join(CLOSED)
     assert f"--http-restricted-api={names}:triton-admin-key=secret" in stack
     assert f"--grpc-restricted-protocol={names}:triton-admin-key=secret" in stack
-    command = ("flags", "--repository", "/models", "--address", "0.0.0.0", "--behind-gateway")
-    run = run_here(*command, TRITON_ADMIN_KEY="secret")
-    assert run.stdout.splitlines() == stack
+    assert "--exit-timeout-secs=60" in run_here(*command, "--exit-timeout-s", "60").stdout.splitlines()
 
 
 def test_nvidias_triton_starts_after_the_doctor_and_both_servers_behind_the_gateway() -> None:

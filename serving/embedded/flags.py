@@ -83,12 +83,6 @@ def server_flags(
     return flags
 
 
-def behind_gateway(
-    repository: object, endpoints: Endpoints, key: str, exit_timeout_s: int = GATEWAY_EXIT_TIMEOUT_S
-) -> list[str]:
-    return server_flags(repository, endpoints, restricted=CLOSED, key=key, exit_timeout_s=exit_timeout_s)
-
-
 def engine_flags(repository: Path) -> list[str]:
     """Flags that the served engines need; often none.
 
@@ -126,12 +120,14 @@ def main(options: argparse.Namespace) -> None:
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
     )
-    if options.behind_gateway:
-        flags = behind_gateway(
-            options.repository, endpoints, admin_key(), options.exit_timeout_s or GATEWAY_EXIT_TIMEOUT_S
-        )
-    else:
-        flags = server_flags(options.repository, endpoints)
+    default_s = GATEWAY_EXIT_TIMEOUT_S if options.behind_gateway else EXIT_TIMEOUT_S
+    flags = server_flags(
+        options.repository,
+        endpoints,
+        restricted=CLOSED if options.behind_gateway else (),
+        key=admin_key(),
+        exit_timeout_s=options.exit_timeout_s or default_s,
+    )
     flags += engine_flags(options.repository)
     flags += trace_flags(options.trace_url, options.trace_every)
     print(json.dumps(flags, indent=2) if options.json else "\n".join(flags))
