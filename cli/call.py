@@ -36,7 +36,8 @@ def infer(options: argparse.Namespace) -> int:
         if spec.vocabulary is None:
             raise InputError(f"--history: deploy.toml of {options.model} has no [vocabulary]; leave --history out")
         return _send(words, _names(options))
-    rows, renumbered = folder / "evaluation.npz", _is_renumbered(spec, options.repository)
+    rows = folder / "evaluation.npz"
+    renumbered = rows.is_file() and _is_renumbered(spec, options.repository)  # a restored stack may have no build
     if renumbered and options.inputs is None and 0 <= options.row < count_rows(rows):
         print("note: the served version has other ids than this build, so the row is sent by name", file=sys.stderr)
         (row,) = named(read_rows(rows, only=[options.row]), spec).values()

@@ -214,6 +214,19 @@ def test_infer_sends_its_row_by_name_if_the_served_version_has_other_ids(
     assert run.stderr.startswith("note: the served version has other ids than this build")
 
 
+def test_infer_sends_a_file_of_names_without_a_build(
+    server: EmbeddedServer, built_shop: Path, tmp_path: Path, run_here: RunHere
+) -> None:
+    """As after a restore of what serving needs."""
+    shutil.copytree(MODELS / "shop", tmp_path / "shop")
+    (tmp_path / "shop" / "catalogue.csv").unlink()
+    (tmp_path / "request.json").write_text(json.dumps({"history": [[NAMES[4]]]}))
+    place = ("--models", str(tmp_path), "--repository", str(built_shop / "repository"), "--url", server.grpc_url)
+    what = ("--model", "shop", "--inputs", str(tmp_path / "request.json"))
+    run = run_here("infer", *place, *what, DEEPSEEK_BUILD=str(tmp_path / "build"))
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_load_test_can_send_the_names_of_its_items(
     server: EmbeddedServer, built_shop: Path, run_here: RunHere
 ) -> None:
