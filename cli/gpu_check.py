@@ -91,6 +91,8 @@ def unmet(step: GpuStep, lacks: dict[str, str], before: dict[str, StepResult]) -
         if need not in lacks and before[need].outcome != "passed":
             was = before[need].outcome
             return f"needs {need!r}, which {'failed' if was == 'failed' else f'was {was}'}"
+    if step.needs_one_of and all(before[need].outcome != "passed" for need in step.needs_one_of):
+        return f"needs {' or '.join(map(repr, step.needs_one_of))}; none passed"
     return ""
 
 

@@ -1,6 +1,6 @@
 """The steps of `deepseek gpu-check`: what each runs, what it needs, its time limit and the guide's claim.
 
-Contract: a step is one command. `needs` names facts of the machine (`cli.gpu_check.missing`) or an earlier step that
+Contract: a step is one command. `needs` names facts of the machine (`cli.gpu_check.missing`) and earlier steps, which
 must have passed. Everything is built and published in the check's own folder, with free ports and a stack of its own.
 """
 
@@ -36,6 +36,8 @@ class GpuStep:
     _: KW_ONLY
     limit_s: int
     needs: tuple[str, ...] = ()
+    needs_one_of: tuple[str, ...] = ()
+    """Earlier steps of which one must have passed."""
     claim: str = ""
     """The guide's claim; the step's output has the figure."""
 
@@ -51,6 +53,10 @@ class Where:
     http_port: int
     grpc_port: int
 
+    def published(self, suffix: str = "") -> tuple[str, ...]:
+        """A repository, and the env file of the stack that serves it."""
+        return ("--repository", f"{self.folder}/repository{suffix}", "--env-file", f"{self.folder}/env{suffix}")
+
 
 def ours(*words: str) -> tuple[str, ...]:
     """A command of this project."""
@@ -58,11 +64,10 @@ def ours(*words: str) -> tuple[str, ...]:
 
 
 def steps(where: Where, models: list[str]) -> list[GpuStep]:
-    first, built = models[0], f"engine {models[-1]}"
+    first = models[0]
     return [
         *look(),
         *(step for model in models for step in build(where, model)),
-        GpuStep("doctor", ours("doctor", "--repository", f"{where.folder}/repository"), limit_s=60, needs=(built,)),
         *serve(where, models),
         *improve(where, first),
         *train_and_plan(where, models),
@@ -86,25 +91,24 @@ def build(where: Where, model: str) -> list[GpuStep]:
     which = ("--model", model, "--models", where.models)
     tag = ("--target", "tensorrt", "--triton-tag", where.triton_tag)
     ports = ("--gateway-port", str(where.gateway_port), "--local-ports", f"{where.http_port},{where.grpc_port}")
-    stack = (*ports, "--project", PROJECT, "--env-file", f"{where.folder}/env")
     claims = {
         "fp16": "TensorRT in FP16 has 40 % less latency",
         "int8": "INT8: a quarter of the size, 2 to 3 times as fast",
         "fp8": "FP8: a quarter of the size, 2 to 3 times as fast",
     }
-    engine, folder = ("engine", *which, *tag, *stack, "--repository"), f"{where.folder}/repository"
+    engine = ("engine", *which, *tag, *ports, "--project", PROJECT)
     return [
         *(
             GpuStep(
                 f"engine {model} {precision}",
-                ours(*engine, f"{folder}-{precision}", "--precision", precision),
+                ours(*engine, *where.published(f"-{precision}"), "--precision", precision),
                 limit_s=FIRST_BUILD_S,
                 needs=(*ON_GPU, "fp8") if precision == "fp8" else ON_GPU,
                 claim=claims.get(precision, ""),
             )
             for precision in PRECISIONS
         ),
-        GpuStep(f"engine {model}", ours(*engine, folder), limit_s=FIRST_BUILD_S, needs=ON_GPU),
+        GpuStep(f"engine {model}", ours(*engine, *where.published()), limit_s=FIRST_BUILD_S, needs=ON_GPU),
         GpuStep(
             f"PyTorch, torch.compile, ONNX Runtime CUDA: {model}",
             ours("gpu-baselines", *which),
@@ -115,32 +119,35 @@ def build(where: Where, model: str) -> list[GpuStep]:
 
 
 def serve(where: Where, models: list[str]) -> list[GpuStep]:
-    """The stack, what callers get, a kill."""
+    """The doctor, the stack, what callers get, a kill."""
     project = ("--project-name", PROJECT, "--env-file", f"{where.folder}/env")
     compose = ("docker", "compose", *project)
     grpc, http = f"127.0.0.1:{where.grpc_port}", f"127.0.0.1:{where.http_port}"
-    built, up = (f"engine {models[-1]}",), (STACK_UP,)
+    built = tuple(f"engine {model}" for model in models)
+    doctor = ours("doctor", "--repository", f"{where.folder}/repository")
     start = (*compose, "up", "--detach", "--wait", "triton", "gateway")
-    found = [GpuStep(STACK_UP, start, limit_s=FIRST_BUILD_S, needs=built)]
+    found = [
+        GpuStep("doctor", doctor, limit_s=60, needs_one_of=built),
+        GpuStep(STACK_UP, start, limit_s=FIRST_BUILD_S, needs_one_of=built),
+    ]
     for model in models:
-        which = ("--model", model, "--models", where.models)
+        which, served = ("--model", model, "--models", where.models), (STACK_UP, f"engine {model}")
         slo = (*which, "--target", "tensorrt", "--url", grpc)
+        parity = ours("parity", *which, "--url", grpc, "--http-url", http)
         capacity, loaded = ours("capacity", *slo, "--duration-s", "5", "--max-s", "60"), f"load test {model}"
         found += [
-            GpuStep(
-                f"parity {model}", ours("parity", *which, "--url", grpc, "--http-url", http), limit_s=300, needs=up
-            ),
-            GpuStep(loaded, ours("loadtest", *slo), limit_s=240, needs=up),
+            GpuStep(f"parity {model}", parity, limit_s=300, needs=served),
+            GpuStep(loaded, ours("loadtest", *slo), limit_s=240, needs=served),
             GpuStep(f"verdict {model}", ours("verdict", *which), limit_s=60, needs=(loaded,)),
-            GpuStep(f"capacity {model}", capacity, limit_s=180, needs=up),
+            GpuStep(f"capacity {model}", capacity, limit_s=180, needs=served),
         ]
     kill = (*compose, "exec", "-T", "triton", "bash", "-c", KILL)
     restarted = ("sh", "-c", RESTARTED, "sh", *project)
     return [
         *found,
-        GpuStep("a kill", kill, limit_s=60, needs=up),
+        GpuStep("a kill", kill, limit_s=60, needs=(STACK_UP,)),
         GpuStep("serving again after the kill", restarted, limit_s=300, needs=("a kill",)),
-        GpuStep(STACK_DOWN, (*compose, "down", "--volumes"), limit_s=120, needs=("docker", *built)),
+        GpuStep(STACK_DOWN, (*compose, "down", "--volumes"), limit_s=120, needs=("docker",), needs_one_of=built),
     ]
 
 
@@ -150,14 +157,14 @@ def improve(where: Where, model: str) -> list[GpuStep]:
     tune = ("tune", *which, "--target", "tensorrt", "--server", "stack", "--env-file", f"{where.folder}/env")
     short = ("--instances", "1", "--delay-us", "0", "--least-s", "2", "--max-s", "240", "--dry-run")
     grpc = ("--grpc-port", str(where.grpc_port))
-    other = (*which, "--repository", f"{where.folder}/repository-fp32", *grpc)
+    other = (*which, *where.published("-fp32"), *grpc)
     profiled = ("nsys", "profile", "--force-overwrite=true", f"--output={where.folder}/nsys")
     return [
         GpuStep(
             "dynamic batching and CUDA graphs, on and off",
             ours(*tune, "--max-batch", "1,8", *short),
             limit_s=600,
-            needs=(*ON_GPU, STACK_UP),
+            needs=(*ON_GPU, STACK_UP, f"engine {model}"),
             claim="dynamic batching gives 30 % more throughput",
         ),
         GpuStep(
@@ -166,7 +173,7 @@ def improve(where: Where, model: str) -> list[GpuStep]:
                 *("release", *other, "--target", "tensorrt", "--triton-tag", where.triton_tag),
                 # Not the choice, which may be the fp32 that the repository has: then there is nothing to release.
                 # Which of them is faster is for the engines' steps to say.
-                *("--precision", "fp16", "--threshold", "100", "--env-file", f"{where.folder}/env"),
+                *("--precision", "fp16", "--threshold", "100"),
             ),
             limit_s=900,
             needs=(*ON_GPU, f"engine {model} fp16", f"engine {model} fp32"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cli import gpu_check
-from cli.gpu_check import missing, run, unmet
+from cli.gpu_check import StepResult, missing, run, unmet
 from cli.gpu_steps import GpuStep, Where, steps
 from cli.main import values_of
 from serving.doctor.machine import Gpu, Machine
@@ -118,9 +118,25 @@ def test_a_step_over_its_limit_may_stop_and_is_ended_with_its_children(
 def test_every_need_is_a_fact_of_the_machine_or_an_earlier_step() -> None:
     known = set(missing(Machine(ram_bytes=1)))
     for step in steps(WHERE, ["recommender", "minilm"]):
-        assert known.issuperset(step.needs), step
+        assert known.issuperset(step.needs + step.needs_one_of), step
         assert step.name not in known
         known.add(step.name)
+
+
+@pytest.mark.parametrize(("lost", "kept"), [("recommender", "minilm"), ("minilm", "recommender")])
+def test_the_stack_serves_the_models_that_have_an_engine(lost: str, kept: str) -> None:
+    table, met = steps(WHERE, ["recommender", "minilm"]), dict.fromkeys(missing(Machine(ram_bytes=1)), "")
+    passed, failed = StepResult.of(table[0], "passed", ""), StepResult.of(table[0], "failed", "")
+    before = {step.name: passed for step in table} | {f"engine {lost}": failed}
+    reasons = {step.name: unmet(step, met, before) for step in table}
+    for name in (f"parity {lost}", f"load test {lost}", f"capacity {lost}"):
+        assert reasons[name] == f"needs 'engine {lost}', which failed"
+    assert not any(
+        reasons[name] for name in ("doctor", "stack up", f"parity {kept}", f"load test {kept}", "stack down")
+    )
+    (up,) = (step for step in table if step.name == "stack up")
+    nothing = before | {f"engine {kept}": failed}
+    assert unmet(up, met, nothing) == "needs 'engine recommender' or 'engine minilm'; none passed"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +152,7 @@ def test_fp8_needs_a_chip_that_has_it(capability: str, reason: str) -> None:
 def test_steps_of_pytorch_are_skipped_where_only_nvidia_smi_sees_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "without_gpu", lambda: "PyTorch sees none")
     lacks = missing(Machine(ram_bytes=1, gpus=(ADA,), docker=("runc", "nvidia"))) | {"nsys": ""}
-    built = replace(gpu_check.StepResult.of(python("", ""), "skipped", ""), outcome="passed")
+    built = replace(StepResult.of(python("", ""), "skipped", ""), outcome="passed")
     before = {step.name: built for step in steps(WHERE, ["minilm"])}
     found = [step.name for step in steps(WHERE, ["minilm"]) if unmet(step, lacks, before) == "PyTorch sees none"]
     assert found == [
