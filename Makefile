@@ -38,9 +38,8 @@ setup:
 	$(SET_UP) $(NEED)
 
 distclean:
-	find "$(patsubst ~/%,$(HOME)/%,$(or $(REPOSITORY),model_repository))" -mindepth 1 ! -name README.md -delete
-	$(if $(wildcard $(VENV)/bin/python),$(DEEPSEEK) clean)
-	rm -rf "$(patsubst ~/%,$(HOME)/%,$(or $(BUILD),build))" "$(VENV)"
+	$(if $(wildcard $(VENV)/bin/python),$(DEEPSEEK) $@,@echo "note: no $(VENV), so what was built stays; make setup first" >&2)
+	rm -rf "$(VENV)"
 
 help help-all:
 	@$(or $(ANY_PYTHON),python3) -m cli --make $@

@@ -1,4 +1,4 @@
-"""Removes everything built for a model; waits for a running build of it first.
+"""The commands `clean` and `distclean`: remove what was built, for a model or all; wait for running builds first.
 
 With its last model, a repository also loses the generated part of the env file. The stack's name and ports stay: under
 the default ones, `docker compose up` could replace another clone's stack.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 from deepseek.spec import build_dir
@@ -41,3 +42,22 @@ def main(options: argparse.Namespace) -> None:
             print("clean     other models are left; make stack rewrites the stack's limits and alerts for them")
         else:
             remove_env_file(Path(options.env_file))
+
+
+def everything(options: argparse.Namespace) -> None:
+    """Removes the build folder, and all of the repository but its README.md; waits for running builds first."""
+    with ExitStack() as builds:
+        for folder in build_dir("").glob("*/"):
+            builds.enter_context(alone_in(folder))
+        for path in Path(options.repository).glob("*"):
+            if path.name != "README.md":
+                _remove(path)
+        _remove(build_dir(""))
+        remove_env_file(Path(options.env_file))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

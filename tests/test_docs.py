@@ -15,7 +15,7 @@ WRITTEN = sorted(
     page for page in Path("docs").rglob("*.md") if page.parent.name != "reference"
 )  # the reference is generated
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), Path("client/README.md"), *WRITTEN]
-NOT_COMMANDS = ("distclean", "help", "help-all")
+NOT_COMMANDS = ("help", "help-all")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

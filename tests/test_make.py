@@ -137,22 +137,21 @@ def test_a_signal_to_make_alone_reaches_the_command(tmp_path: Path) -> None:
         assert run.stdout.readline() == "stopped\n"
 
 
-def test_distclean_keeps_sources_and_the_users_files(tmp_path: Path) -> None:
-    for name in ("build/text", "repository/text/1", "environment/lib"):
+@pytest.mark.parametrize("repository", ["repository", "nosuch"])
+def test_distclean_finds_what_was_built_and_keeps_sources_and_the_users_files(tmp_path: Path, repository: str) -> None:
+    for name in ("build", "elsewhere/text", "repository/text/1", "environment/bin"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "repository" / "README.md").touch()
-    (tmp_path / "env").write_text("MINE=1\n")
+    (tmp_path / ".env").write_text("MINE=1\n")
     python = tmp_path / "environment" / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\ncase "$*" in *" clean") ls "{tmp_path}/repository" >"{tmp_path}/at clean";; esac\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    run = make("distclean", folder=tmp_path, venv=tmp_path / "environment")
+    places = {"PYTHONPATH": os.getcwd(), "DEEPSEEK_BUILD": "elsewhere", "DEEPSEEK_REPOSITORY": repository}
+    line = ["make", "-f", str(Path("Makefile").resolve()), "distclean", "VENV=environment"]
+    run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT | places)
     assert run.returncode == 0, run.stderr
-    left = {path.name for path in tmp_path.rglob("*")}
-    assert left == {"repository", "README.md", "env", "at clean"}
-    assert (
-        tmp_path / "at clean"
-    ).read_text() == "README.md\n"  # no model is left, so it removes the generated settings
+    kept = {"text", "1"} if repository == "nosuch" else set()
+    assert {path.name for path in tmp_path.rglob("*")} == {"build", "repository", "README.md", ".env"} | kept
 
 
 def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callable[..., list[str]]) -> None:

@@ -71,6 +71,13 @@ ROWS = (
         examples=("deepseek clean --model minilm",),
     ),
     Command(
+        "distclean",
+        "export.clean:everything",
+        "remove all that was built, and all models of the repository; make distclean removes the environment too",
+        options=(BUILD, REPOSITORY, ENV_FILE),
+        examples=("deepseek distclean",),
+    ),
+    Command(
         "check-engine",
         "export.checks.check_engine",
         "build every precision of every model with TensorRT for RTX, no GPU needed",
