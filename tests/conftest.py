@@ -143,6 +143,9 @@ dynamic_batching {{
 }}
 parameters {{ key: "delay_s" value {{ string_value: "{delay_s}" }} }}
 """
+TAKES_TEXTS = r"""
+parameters { key: "text" value { string_value: "{\"max_texts\": 8, \"max_bytes\": 100}" } }
+"""
 
 
 def write_add_one(
@@ -154,6 +157,13 @@ def write_add_one(
     (version / "model.py").write_text(ADD_ONE)
     settings = {"name": name, "delay_s": delay_s, "queue": queue, "instances": instances}
     (repository / name / "config.pbtxt").write_text(ADD_ONE_CONFIG.format(**settings))
+
+
+def write_for_gpu(repository: Path) -> None:
+    """Writes `add_one` as an engine of TensorRT that takes texts, for commands that only read its configuration."""
+    write_add_one(repository)
+    config = repository / "add_one" / "config.pbtxt"
+    config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"') + TAKES_TEXTS)
 
 
 @pytest.fixture(scope="session")
@@ -367,8 +377,10 @@ def generated(of_the_run: Path) -> dict[str, Path]:
 
     def make() -> None:
         write_add_one(folder / "repository", instances=3)
-        places = ("--repository", str(folder / "repository"), "--models", str(folder), "--build", str(folder))
+        write_for_gpu(folder / "gpu-repository")
         for name, more in VARIANTS.items():
+            repository = folder / ("gpu-repository" if name == "gpu" else "repository")
+            places = ("--repository", str(repository), "--models", str(folder), "--build", str(folder))
             overlay.main(values_of("kubernetes", *places, "--output", str(folder / name), *more))
 
     once(folder, make)

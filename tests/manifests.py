@@ -17,12 +17,13 @@ from kubernetes_validate import utils
 KUBERNETES = "1.37"  # the version of the schemas
 utils.schema_contents = functools.cache(utils.schema_contents)  # the definitions alone have 1.8 MB
 Object = dict[str, Any]
-FOLDERS = ("base", "overlays/cpu", "overlays/gpu", "overlays/kserve", "loadtest", "loader")
+FOLDERS = ("base", "overlays/kserve", "loadtest", "loader")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "keda": ("--autoscaler", "keda", "--registry", "registry.example.com/shop", "--image-tag", "1.4.0"),
     "fetched": ("--models-url", "https://models.example.com/shop/models.tar.gz", "--load-balancer"),
     "bare": ("--autoscaler", "none", "--no-monitoring"),
+    "gpu": ("--triton-tag", "26.09"),  # for an engine that takes texts
 }
 
 
@@ -64,5 +65,5 @@ def pod_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
 
 
 def container_of(objects: tuple[Object, ...], name: str = "triton") -> Object:
-    (found,) = pod_of(objects, name)["containers"]
+    (found,) = (each for each in pod_of(objects, name)["containers"] if each["name"] == name)
     return found

@@ -15,14 +15,13 @@ import pytest
 import yaml
 
 from cli.main import values_of
-from deepseek.spec.machine.triton_release import TRITON_TAG
 from loadtests.scale import autoscaler
 from serving.embedded import flags
 from serving.kubernetes.autoscaling import DEFAULT_SCALE, METRICS
 from serving.kubernetes.manifests import IMAGE_TAG, PRE_STOP_S
 from serving.observe.alerts import START_MIN
 from serving.stack.gateway_limits import GatewaySizes
-from serving.stack.server_sizes import CPU_MEMORY, GPU_MEMORY, REST_S, SHM_MIB
+from serving.stack.server_sizes import CPU_MEMORY, REST_S, SHM_MIB
 from tests.manifests import (
     FOLDERS,
     VARIANTS,
@@ -46,7 +45,7 @@ LEFT: dict[str, tuple[tuple[str, ...], str]] = {
     "CKV_K8S_15": ((*DEPLOYMENTS, *JOBS, LOADER), "tags are not moved, so a node's image is the right one"),
     "CKV_K8S_8": ((LOADER,), "it only waits to be copied to, and no service sends to it"),
     "CKV_K8S_9": ((LOADER,), "it only waits to be copied to, and no service sends to it"),
-    "CKV_K8S_11": (DEPLOYMENTS[:1], "beside a GPU a CPU limit only throttles; components/cpu sets one"),
+    "CKV_K8S_11": (DEPLOYMENTS[:1], "beside a GPU a CPU limit only throttles; CPU overlays set one"),
     "CKV_K8S_35": (
         (DEPLOYMENTS[0], *JOBS),
         "only the init container has the store's authorization; load tests read their key from the environment",
@@ -144,17 +143,18 @@ def test_the_namespace_refuses_other_pods_and_only_the_gateway_reaches_tritons_p
 # ---- sums ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["overlays/cpu", "overlays/gpu"])
-def test_triton_is_started_as_the_stack_starts_it(name: str) -> None:
-    container = container_of(committed(name))
-    assert container["args"] == ["--exit-timeout-s", str(flags.GATEWAY_EXIT_TIMEOUT_S)]
+@pytest.mark.parametrize(
+    ("name", "image"), [("plain", f"deepseek-server-cpu:{IMAGE_TAG}"), ("gpu", "deepseek-server:26.09")]
+)
+def test_triton_is_started_as_the_stack_starts_it(generated: dict[str, Path], name: str, image: str) -> None:
+    objects = build(generated[name])
+    container = container_of(objects)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     listens = flags.Endpoints()
     triton = {"http": listens.http_port, "grpc": listens.grpc_port, "metrics": listens.metrics_port}
     assert ports == {**triton, "openai": values_of("serve").openai_port}
-    service = find(committed(name), "Service", "triton")["spec"]["ports"]
+    service = find(objects, "Service")["spec"]["ports"]
     assert {port["name"]: port["port"] for port in service} == ports
-    image = f"deepseek-server:{TRITON_TAG}" if name.endswith("gpu") else f"deepseek-server-cpu:{IMAGE_TAG}"
     assert container["image"] == image
     assert tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"] == IMAGE_TAG
 
@@ -162,6 +162,7 @@ def test_triton_is_started_as_the_stack_starts_it(name: str) -> None:
 def test_a_start_and_a_stop_have_their_time() -> None:
     pod, container = pod_of(committed("base")), container_of(committed("base"))
     assert find(committed("base"), "Deployment")["spec"]["progressDeadlineSeconds"] == 60 * START_MIN
+    assert container["args"] == ["--exit-timeout-s", str(flags.GATEWAY_EXIT_TIMEOUT_S)]
     pre_stop_s = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pre_stop_s == PRE_STOP_S
     assert pod["terminationGracePeriodSeconds"] == pre_stop_s + flags.GATEWAY_EXIT_TIMEOUT_S + REST_S
@@ -172,8 +173,6 @@ def test_a_start_and_a_stop_have_their_time() -> None:
 def test_the_committed_memory_is_the_sum_in_its_comment() -> None:
     limits = container_of(committed("base"))["resources"]["limits"]
     assert limits["memory"] == f"{CPU_MEMORY // 2**20 + 64 + SHM_MIB}Mi"
-    gpu = container_of(committed("overlays/gpu"))["resources"]["limits"]
-    assert gpu == {**limits, "memory": f"{GPU_MEMORY // 2**20 + 64 + SHM_MIB}Mi", "nvidia.com/gpu": "1"}
 
 
 def test_the_gateways_committed_memory_is_that_of_its_limits() -> None:
@@ -188,7 +187,7 @@ def test_the_gateways_committed_memory_is_that_of_its_limits() -> None:
 
 
 def test_kserve_runs_the_container_of_the_deployment() -> None:
-    ours, theirs = container_of(committed("overlays/cpu")), find(committed("overlays/kserve"), "InferenceService")
+    ours, theirs = container_of(committed("base")), find(committed("overlays/kserve"), "InferenceService")
     predictor = theirs["spec"]["predictor"]
     (container,) = predictor["containers"]
     for key in ("image", "args", "volumeMounts"):
@@ -198,7 +197,7 @@ def test_kserve_runs_the_container_of_the_deployment() -> None:
         path = ours[probe]["httpGet"]["path"]
         kept = {name: value for name, value in ours[probe].items() if name != "terminationGracePeriodSeconds"}
         assert container[probe] == {**kept, "httpGet": {"path": path, "port": flags.Endpoints().http_port}}
-    assert predictor["volumes"] == pod_of(committed("overlays/cpu"))["volumes"]
+    assert predictor["volumes"] == pod_of(committed("base"))["volumes"]
     assert predictor["timeout"] == flags.GATEWAY_EXIT_TIMEOUT_S
     assert 0 < predictor["canaryTrafficPercent"] < 100
 
@@ -213,7 +212,7 @@ def rules_of(direction: Object) -> autoscaler.ScalingRules:
 
 
 def test_both_autoscalers_behave_as_the_simulated_one(generated: dict[str, Path]) -> None:
-    hpa = find(committed("overlays/cpu"), "HorizontalPodAutoscaler")["spec"]
+    hpa = find(build(generated["plain"]), "HorizontalPodAutoscaler")["spec"]
     keda = find(build(generated["keda"]), "ScaledObject")["spec"]
     behaviors = [hpa["behavior"], keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]]
     for behavior in behaviors:
@@ -226,8 +225,10 @@ def test_both_autoscalers_behave_as_the_simulated_one(generated: dict[str, Path]
     assert keda["pollingInterval"] == autoscaler.SYNC_S
 
 
-def test_the_autoscalers_metrics_are_recorded_and_the_ratio_is_0_when_idle(tmp_path: Path) -> None:
-    spec = find(committed("overlays/cpu"), "PrometheusRule", "triton-autoscaling")["spec"]
+def test_the_autoscalers_metrics_are_recorded_and_the_ratio_is_0_when_idle(
+    generated: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = find(build(generated["plain"]), "PrometheusRule", "triton-autoscaling")["spec"]
     recorded = {rule["record"] for group in spec["groups"] for rule in group["rules"]}
     assert recorded == set(METRICS.values()) - {METRICS["load"]}  # make kubernetes writes that one
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(spec))

@@ -32,10 +32,10 @@ from serving.stack.api_keys import digest
 from serving.stack.certificate import ensure_certificate
 from serving.stack.gateway_limits import gateway_sizes, limits
 from serving.stack.server_sizes import OPENAI_MIB, REST_S, server_sizes
-from tests.conftest import write_add_one
+from tests.conftest import write_add_one, write_for_gpu
 from tests.manifests import build, check_schema, committed, container_of, find, pod_of
 from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Case, at_the_end, check, check_fired, need_promtool
-from tests.test_stack import TAKES_TEXTS, TEXT
+from tests.test_stack import TEXT
 
 Again = tuple[Path, tuple[str, ...]]
 
@@ -67,9 +67,7 @@ def test_the_overlay_has_the_sums_of_the_compose_stack(generated: dict[str, Path
 
 
 def test_on_a_gpu_the_openai_routes_run_beside_triton_if_a_model_takes_texts(again: Again, tmp_path: Path) -> None:
-    write_add_one(tmp_path / "gpu")
-    config = tmp_path / "gpu" / "add_one" / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"') + TAKES_TEXTS)
+    write_for_gpu(tmp_path / "gpu")
     folder, arguments = again
     registry = ("--registry", "registry.example.com/shop", "--output", str(folder / "texts"))
     (tmp_path / "env").write_text(f"COMPOSE_FILE={GPU_FILES}\nTRITON_TAG=26.09\n")
@@ -81,6 +79,7 @@ def test_on_a_gpu_the_openai_routes_run_beside_triton_if_a_model_takes_texts(aga
     found = {each["name"]: each for each in pod["containers"]}
     assert found["openai"]["image"] == found["triton"]["image"] == "registry.example.com/shop/deepseek-server:26.09"
     assert found["openai"]["resources"]["limits"]["memory"] == f"{OPENAI_MIB}Mi"
+    assert found["triton"]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     stops = [int(found[name]["lifecycle"]["preStop"]["exec"]["command"][1]) for name in ("openai", "triton")]
     assert stops == [PRE_STOP_S, PRE_STOP_S + 10]
     given = dict(zip(found["openai"]["args"][::2], found["openai"]["args"][1::2], strict=True))
@@ -89,7 +88,7 @@ def test_on_a_gpu_the_openai_routes_run_beside_triton_if_a_model_takes_texts(aga
 
 
 def test_on_cpus_tritons_pod_is_guaranteed_its_cores(generated: dict[str, Path]) -> None:
-    for objects in (committed("overlays/cpu"), build(generated["fetched"])):  # "Guaranteed" takes all of them
+    for objects in map(build, (generated["plain"], generated["fetched"])):  # "Guaranteed" takes all of them
         for container in (*pod_of(objects).get("initContainers", ()), *pod_of(objects)["containers"]):
             resources = container["resources"]
             assert all(resources["requests"][name] == resources["limits"][name] for name in ("cpu", "memory"))

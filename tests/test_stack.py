@@ -27,7 +27,7 @@ from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
 from serving.stack.write_env_file import OWN
-from tests.conftest import write_add_one
+from tests.conftest import TAKES_TEXTS, write_add_one, write_for_gpu
 from tests.failing_servers import sign_itself
 
 TEXT = ServedModel(
@@ -42,9 +42,6 @@ TEXT = ServedModel(
     p99_ms=80,
     rate_rps=100,
 )
-TAKES_TEXTS = r"""
-parameters { key: "text" value { string_value: "{\"max_texts\": 8, \"max_bytes\": 100}" } }
-"""
 
 
 def settings_of(path: Path) -> dict[str, str]:
@@ -95,15 +92,13 @@ def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(
 
 
 def test_on_a_gpu_the_openai_routes_get_a_container_if_a_model_takes_texts(tmp_path: Path) -> None:
-    write_add_one(tmp_path / "repository")
-    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
-    on_gpu = config.read_text().replace('backend: "python"', 'backend: "tensorrt"')
-    config.write_text(on_gpu)
-    assert "openai" not in write(tmp_path)["COMPOSE_FILE"]
-    config.write_text(on_gpu + TAKES_TEXTS)
+    write_for_gpu(tmp_path / "repository")
     found = write(tmp_path, "--local-ports", "0")
     files = ("gpu", "openai", "closed")
     assert found["COMPOSE_FILE"] == ":".join(("compose.yaml", *(f"docker/compose.{name}.yaml" for name in files)))
+    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
+    config.write_text(config.read_text().replace(TAKES_TEXTS, ""))
+    assert "openai" not in write(tmp_path)["COMPOSE_FILE"]
 
 
 def test_an_image_has_another_tag_after_each_change_of_what_it_copies(tmp_path: Path) -> None:

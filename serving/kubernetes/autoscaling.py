@@ -58,9 +58,11 @@ class ScaleChoice(BaseModel):
             raise InputError(f"{path}: not written by make simulate-scale ({reason}); run that again") from None
 
 
+# Not the customary target 1: batches grow with the load, and the recommender missed its SLO at 0.31. Two pods, since
+# one may fail or be drained.
 DEFAULT_SCALE = ScaleChoice(
     targets=(ScaleTarget(metric="queue", value=0.25),), min_replicas=2, max_replicas=10, cores=DEFAULT_CORES
-)  # as in components/hpa
+)
 
 
 def together(found: Mapping[str, ScaleChoice]) -> ScaleChoice:
@@ -134,6 +136,8 @@ def autoscaler_patch(kind: Autoscaler, scale: ScaleChoice, namespace: str) -> st
         return head + bounds + "".join(_hpa_metric(target) for target in scale.targets)
     head = "apiVersion: keda.sh/v1alpha1\nkind: ScaledObject\nmetadata: {name: triton}\nspec:\n"
     bounds = f"  minReplicaCount: {scale.min_replicas}\n  maxReplicaCount: {scale.max_replicas}\n"
+    # After a minute without the metric, keep the current pods. Needs KEDA 2.18: 2.17 rounds a target below 1 down to 0,
+    # and earlier versions lack `behavior`.
     kept = f"replicas: {scale.min_replicas}, behavior: currentReplicasIfHigher"
     fallback = f"  fallback: {{failureThreshold: 4, {kept}}}\n  triggers:\n"
     return head + bounds + fallback + "".join(_keda_trigger(target, namespace) for target in scale.targets)
@@ -149,6 +153,7 @@ def _hpa_metric(target: ScaleTarget) -> str:
 
 
 def _keda_trigger(target: ScaleTarget, namespace: str) -> str:
+    """The query sums over all pods, and AverageValue divides by their number."""
     return f"""\
     - type: prometheus
       name: {target.metric}
@@ -157,5 +162,5 @@ def _keda_trigger(target: ScaleTarget, namespace: str) -> str:
         serverAddress: http://prometheus-operated.monitoring.svc:9090
         query: sum({METRICS[target.metric]}{{namespace="{namespace}"}})
         threshold: "{target.value:.3f}"
-        ignoreNullValues: "false"
+        ignoreNullValues: "false"   # no data is an error (fallback), not "no load"
 """

@@ -60,7 +60,7 @@ def kustomization(overlay: Overlay) -> str:
         *([overlay.autoscaler, "gateway-hpa"] if overlay.autoscaler != "none" else []),
         *(["monitoring"] if overlay.monitoring else []),
         *(["load-balancer"] if overlay.load_balancer else []),
-        "gpu" if overlay.on_gpu else "cpu",  # after the others: it renames the image of init containers too
+        *(["gpu"] if overlay.on_gpu else []),  # after the others: it renames the image of init containers too
         *(["openai"] if overlay.on_gpu and overlay.sizes.openai_mib else []),
     ]
     components = "\n".join(f"  - {overlay.base}/components/{name}" for name in names)
@@ -100,6 +100,8 @@ patches:
 def triton_patch(overlay: Overlay) -> str:
     """Triton's memory, shared memory, cores, grace period, and the source of the models."""
     size, url = overlay.sizes, overlay.models_url
+    # On CPUs request = limit in whole cores, for all containers: the pod is "Guaranteed", and a kubelet with
+    # cpuManagerPolicy: static gives it cores of its own. Without that policy ONNX Runtime sees all cores of the node.
     cores = "" if overlay.on_gpu else f'cpu: "{overlay.scale.cores}", '
     disk = f", ephemeral-storage: {overlay.models_mib + DISK_MIB}Mi" if url else ""
     beside = "" if overlay.on_gpu else f"{size.openai_mib} MiB for the /v1 routes, "
