@@ -1,9 +1,8 @@
-"""Encodes an inference request as protobuf bytes; nothing is serialized twice.
+"""Encodes an inference request as protobuf bytes; a large tensor is copied once.
 
-Contract: serialized messages that are concatenated parse as one merged message, so a request is made of pieces. The
-head has the model, the inputs' names, types and shapes, and the requested outputs. It is cached: all requests of one
-shape share it. The id, the parameters, the tensors' bytes and, for each attempt, the time left follow. This module
-writes most of these fields in protobuf's wire format.
+Contract: serialized messages that are concatenated parse as one merged message. So the tensors' bytes and, for each
+attempt, the time left follow the message of the rest, each tensor in protobuf's wire format: protobuf itself would copy
+it twice more.
 
 Example:
     body = encoded(request)
@@ -11,47 +10,25 @@ Example:
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from deepseek_client.transport import Placement, PreparedRequest, Tensor
+from deepseek_client.transport import Placement, PreparedRequest
 
-MOST_HEADS = 1000
-# Field numbers of ModelInferRequest and InferParameter, with wire type 2 (length, then bytes) or 0 (varint).
-ID, PARAMETERS, RAW_INPUT_CONTENTS = b"\x1a", b"\x22", b"\x3a"  # 3, 4, 7
-KEY_TIMEOUT, VALUE, INT64 = b"\x0a\x07timeout", b"\x12", b"\x10"  # of a map's entry 1, 2; of a parameter 2
+RAW_INPUT_CONTENTS = b"\x3a"  # field 7 of ModelInferRequest, of wire type 2: length, then bytes
 
 
 def encoded(request: PreparedRequest) -> bytes:
     """The request without its time-out."""
-    tensors = request.tensors
-    shapes = tuple([(tensor.name, tensor.datatype, tensor.shape) for tensor in tensors])
-    pieces = [_head(request.model, request.version, request.outputs, shapes)]
-    if request.request_id:
-        name = request.request_id.encode()
-        pieces += (ID, varint(len(name)), name)
-    if request.parameters:
-        pieces.append(service_pb2.ModelInferRequest(parameters=_parameters(request)).SerializeToString())
-    for tensor in tensors:
+    pieces = [message_of(request).SerializeToString()]
+    for tensor in request.tensors:
         pieces += (RAW_INPUT_CONTENTS, varint(len(tensor.data)), tensor.data)
     return b"".join(pieces)
 
 
-@lru_cache(MOST_HEADS)
-def _head(
-    model: str, version: str, outputs: tuple[str, ...], shapes: tuple[tuple[str, str, tuple[int, ...]], ...]
-) -> bytes:
-    tensors = tuple(Tensor(name=name, datatype=datatype, shape=shape, data=b"") for name, datatype, shape in shapes)
-    bare = PreparedRequest(model=model, version=version, request_id="", outputs=outputs, parts=(), tensors=tensors)
-    return message_of(bare).SerializeToString()
-
-
 def varint(value: int) -> bytes:
     """A non-negative number as a varint: seven bits per byte, lowest first."""
-    if value < 0x80:
-        return bytes((value,))
     found = bytearray()
     while value >= 0x80:
         found.append(value & 0x7F | 0x80)
@@ -61,10 +38,9 @@ def varint(value: int) -> bytes:
 
 
 def timeout_field(left_us: int) -> bytes:
-    """The request parameter `timeout`: an entry of the map `parameters`."""
-    value = INT64 + varint(left_us)
-    entry = KEY_TIMEOUT + VALUE + varint(len(value)) + value
-    return PARAMETERS + varint(len(entry)) + entry
+    """A message that only has the request parameter `timeout`."""
+    timeout = {"timeout": service_pb2.InferParameter(int64_param=left_us)}
+    return service_pb2.ModelInferRequest(parameters=timeout).SerializeToString()
 
 
 def message_of(request: PreparedRequest, placement: Placement | None = None) -> Any:
