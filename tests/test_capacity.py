@@ -48,6 +48,8 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
             "2/s fails (p99_ms), and no rate holds so far: the",
         ),
         (FOUND | {"limited_by": "samples", "confirmed": False}, 3, "not confirmed: too few samples"),
+        (FOUND | {"limited_by": "trials", "confirmed": False}, 3, "limit on trials was reached; raise MAX_TRIALS="),
+        (FOUND | {"limited_by": "walk", "confirmed": False}, 3, "it met the limit; start again from there (RATE=95)"),
         ({"limited_by": "p99_ms", "trials": REFUTED}, 3, "every longer run to confirm a rate failed"),
     ],
 )

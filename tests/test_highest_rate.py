@@ -144,7 +144,7 @@ def test_a_failure_that_the_repetition_refutes_sets_no_limit() -> None:
 @pytest.mark.parametrize(("knee_rps", "held_rps"), [(1e9, 198), (195, 189)], ids=["never", "with its last step"])
 def test_a_walk_with_too_few_turns_confirms_nothing(knee_rps: float, held_rps: float) -> None:
     found, _ = searched(up_to(108, confirm=knee_rps), 100)  # another process has the machine during the bisection
-    assert (found.capacity_rps, found.confirmed, found.limited_by) == (held_rps, False, "trials")
+    assert (found.capacity_rps, found.confirmed, found.limited_by) == (held_rps, False, "walk")
 
 
 def test_at_the_generators_limit_the_capacity_is_a_lower_bound() -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from deepseek.spec import ExitCode, Target, build_dir
 from deepseek.spec.checks import Table
-from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, UNDECIDED
+from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, TRIALS, UNDECIDED, WALK
 from loadtests.search.rate_trial import RateTrial
 from loadtests.search.saved_result import SavedResult
 
@@ -64,7 +64,7 @@ class Capacity(SavedResult):
     confirmed: bool = False
     """Longer runs confirmed `capacity_rps`."""
     limited_by: str
-    """The objectives that fail above `capacity_rps`; or generator, samples, time, trials."""
+    """The objectives that fail above `capacity_rps`; or generator, samples, time, trials, walk."""
     required_rps: float | None = None
     """The rate that the SLO asks for."""
     settings: ServerSettings = ServerSettings()
@@ -103,10 +103,13 @@ class Capacity(SavedResult):
         if not rate and (failed := [trial for trial in self.trials if trial.outcome == "fails"]):
             lowest = min(failed, key=lambda trial: trial.rate_rps)
             least = f"inconclusive: {lowest.rate_rps:g}/s fails ({lowest.reason}), and no rate holds so far"
-        raised = "BUDGET_S" if self.limited_by == TIME else "MAX_TRIALS"
-        why = f"the limit on {self.limited_by} was reached; raise {raised}="
-        why = "too few samples" if self.limited_by == SAMPLES else why
-        return f"capacity {least}: {why}"
+        why = {
+            SAMPLES: "too few samples",
+            WALK: f"the confirmation ended before it met the limit; start again from there (RATE={rate[:-2]})",
+            TIME: "the limit on time was reached; raise BUDGET_S=",
+            TRIALS: "the limit on trials was reached; raise MAX_TRIALS=",
+        }
+        return f"capacity {least}: {why[self.limited_by]}"
 
 
 def capacity_path(model: str) -> Path:

@@ -42,8 +42,8 @@ STEP, LARGEST_STEP = 2.0, 16.0  # factors of the bracket
 TURNS, LONGEST_WALK = 4, 15  # turning points that end the confirming walk; the most steps it takes
 CONFIRM_LONGER = 3  # length of a confirming run, in trials
 LOWEST_RPS, HIGHEST_RPS = 0.1, 1e6
-GENERATOR, SAMPLES, TIME, TRIALS = "generator", "samples", "time", "trials"
-UNDECIDED = (GENERATOR, SAMPLES, TIME, TRIALS)
+GENERATOR, SAMPLES, TIME, TRIALS, WALK = "generator", "samples", "time", "trials", "walk"
+UNDECIDED = (GENERATOR, SAMPLES, TIME, TRIALS, WALK)
 """Values of `HighestRate.limited_by` for a search that did not end at a failing objective."""
 
 
@@ -168,7 +168,7 @@ class RateSearch:
             return self._found(None, confirmed=False)
         held = max(each.rate_rps for each in self._counted if each.phase == "confirm" and each.outcome == "holds")
         if len(turns) < 2:  # the limit is above the end of the walk
-            return self._found(held, confirmed=False, limited_by=TRIALS)
+            return self._found(held, confirmed=False, limited_by=WALK)
         # The mean lies between a rate that holds and one that does not: half a step lower holds.
         best = self._at(sum(turns) / len(turns) - 0.5)
         if best >= self._stop:
