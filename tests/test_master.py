@@ -8,6 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from deepseek.spec import InvalidMeasurement
+from loadtests.load import measure
+from loadtests.load.child_process import free_ports
+
 REPLACED = """
 import json, sys
 from dataclasses import asdict, replace
@@ -50,6 +56,18 @@ def test_a_replacement_worker_sends_the_share_of_the_lost_one(tmp_path: Path) ->
 
 
 def test_a_worker_with_other_options_than_the_master_ends_the_test_before_any_load(tmp_path: Path) -> None:
-    run = started(tmp_path, rate_rps=20.0)
     said = "a worker has rate_rps 20.0, the master 10.0; start each worker with all options of the master"
-    assert (run.returncode, json.loads(run.stdout)) == (3, {"unprepared": said})
+    for its, more in (({}, ""), ({"target": "tensorrt"}, ", and with --target onnxruntime")):
+        run = started(tmp_path, rate_rps=20.0, **its)
+        assert (run.returncode, json.loads(run.stdout)) == (3, {"unprepared": f"{said}{more}"})
+
+
+def test_a_worker_says_that_it_waits_for_its_master_and_where_it_found_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (port,) = free_ports(1)
+    monkeypatch.setattr(measure, "MASTER_PORT", port)
+    monkeypatch.setattr(measure, "MASTER_WAIT_S", 0.1)
+    with pytest.raises(InvalidMeasurement, match=f"no master at 127.0.0.1:{port} after 0.1 s .Connection refused"):
+        measure.work_for("127.0.0.1", [])
+    assert capsys.readouterr().err == f"waiting for the master at 127.0.0.1:{port}\n"

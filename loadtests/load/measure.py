@@ -12,9 +12,11 @@ import math
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +42,8 @@ from loadtests.slo.slo_demands import in_flight_for
 LOCUSTFILE = Path(__file__).parents[1] / "locustfile.py"
 MASTER_PORT = 5557  # Locust's default
 WORKERS_WAIT_S = 300  # for the workers on other machines to start
+MASTER_WAIT_S = 300  # of such a worker
+START_S = 3.5  # about what the processes take to start, for each run
 LOCUST = (sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--loglevel", "WARNING")
 
 
@@ -185,6 +189,7 @@ def _locust(
 
 def work_for(master: str, loads: Sequence[ModelLoad]) -> int:
     """Sends a share of the loads for a master on another machine with the same loads; returns Locust's exit status."""
+    _await_master(master)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "settings.json"
         _write_settings([_fitted(load) for load in loads], path)
@@ -193,6 +198,22 @@ def work_for(master: str, loads: Sequence[ModelLoad]) -> int:
         return subprocess.run(
             command, env=our_environment(LOCUST_PARENT=str(os.getpid())), stdin=subprocess.DEVNULL
         ).returncode
+
+
+def _await_master(host: str) -> None:
+    """Waits until the master listens, since Locust waits in silence; InvalidMeasurement if it never does."""
+    place, why = f"{host}:{MASTER_PORT}", ""
+    give_up_at = time.monotonic() + MASTER_WAIT_S
+    while time.monotonic() < give_up_at:
+        try:
+            socket.create_connection((host, MASTER_PORT), timeout=5).close()
+            return
+        except OSError as error:
+            if not why:
+                print(f"waiting for the master at {place}", file=sys.stderr)
+            why = error.strerror or str(error)
+        time.sleep(1)
+    raise InvalidMeasurement(f"no master at {place} after {MASTER_WAIT_S} s ({why}); start it, or correct --worker-of")
 
 
 def _write_settings(loads: Sequence[ModelLoad], path: Path) -> None:

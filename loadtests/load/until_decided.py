@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from deepseek.spec import InputError
-from loadtests.load.measure import ModelLoad, measure
+from loadtests.load.measure import START_S, ModelLoad, measure
 from loadtests.results.run import Run, new_run, publish, runs_folder
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.judge import judge
@@ -37,14 +37,14 @@ def planned_looks(settings: LoadSettings, budget_s: float) -> list[int]:
         looks.append(looks[-1] * 2)
     if (needed_s := _seconds(settings, 1, 1)) > budget_s:
         raise InputError(
-            f"--max-s {budget_s:g}: a run of {settings.duration_s:g} s takes {needed_s:g} s with its warm-up; give at "
-            "least that (BUDGET_S=), or a shorter --duration-s"
+            f"--max-s {budget_s:g}: a run of {settings.duration_s:g} s takes {needed_s:g} s with its start and "
+            "warm-up; give at least that (BUDGET_S=), or a shorter --duration-s"
         )
     return looks
 
 
 def _seconds(settings: LoadSettings, lengths: int, parts: int) -> float:
-    return lengths * settings.duration_s + parts * settings.warmup_s
+    return lengths * settings.duration_s + parts * (START_S + settings.warmup_s)
 
 
 def measure_until_decided(load: ModelLoad, console: Console, *, budget_s: float) -> Run:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
 from deepseek.spec.objectives import formatted
+from loadtests.load.measure import START_S
 from loadtests.regression.compared_version import VARIABLES, ComparedVersion
 from loadtests.regression.comparison import LEAST_PAIRS
 from loadtests.regression.held_rates import problems_at
@@ -38,7 +39,6 @@ LATENCY_SHARE = 0.3  # of a run; the rate near the capacity gets the rest: its v
 BUSY = 0.7  # of the baseline's capacity: the rate for latencies if the SLO's own rate is above BUSIEST of it
 BUSIEST = 0.85
 SEARCH_SHARE = 1 / 3  # of the time, at most, for the baseline's capacity
-START_S = 3.5  # about what the load generator takes to start, for each run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from rich.console import Console
 from deepseek.spec import DeploymentSpec, InputError, Precision, PublishedManifest, TunedFile
 from deepseek.spec.objectives import samples_needed
 from loadtests.load.child_process import our_environment
+from loadtests.load.measure import START_S
 from loadtests.results.settings import LoadSettings
 from loadtests.search.local_server import last_line, local_server
 from loadtests.search.slo_at_rate import slo_at
@@ -32,7 +33,6 @@ from loadtests.search.trial_runner import TrialRunner
 from loadtests.slo.generator_health import generator_problems
 from loadtests.tune.search_space import ServingSettings
 
-START_S = 3.0  # about what the load generator takes to start, for each run
 USERS = 32
 LONGEST_BLOCK_S = 30  # at a low rate a block's p99 is its slowest request
 

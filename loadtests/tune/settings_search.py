@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 from deepseek.spec import InputError, InvalidMeasurement
 from deepseek.spec.files.batching_plan import tail_limit_ms
+from loadtests.load.measure import START_S
 from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, TRIALS, RateSearch, rounded
 from loadtests.search.slo_at_rate import required_rps
-from loadtests.tune.candidate_server import START_S, USERS, CandidateServer, NotValid, TuneConditions, candidate_server
+from loadtests.tune.candidate_server import USERS, CandidateServer, NotValid, TuneConditions, candidate_server
 from loadtests.tune.predicted_latency import BUSY, Curves
 from loadtests.tune.search_space import SearchSpace, ServingSettings
 from loadtests.tune.sequential_test import LEAST_PAIRS, PRACTICAL_GAIN, nominal_level

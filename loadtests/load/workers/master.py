@@ -83,7 +83,9 @@ class Master:
         if theirs != ours:
             pairs = [(one[name], other[name], name) for one, other in zip(ours, theirs, strict=False) for name in one]
             found = next((f"{name} {its}, the master {our}" for our, its, name in pairs if our != its), "other models")
-            self.take_unprepared(f"a worker has {found}; start each worker with all options of the master")
+            target = self._settings.target  # its SLO gives the default rate, time-out and requests in flight
+            also = "" if parts[0]["target"] == target else f", and with --target {target}"
+            self.take_unprepared(f"a worker has {found}; start each worker with all options of the master{also}")
         self._prepared.add(worker)
 
     def take_unprepared(self, why: str) -> None:
