@@ -313,20 +313,8 @@ def _decoded(block: bytes) -> Mapping[bytes, bytes]:
 
 
 def header_block(headers: Iterable[tuple[str, str]]) -> bytes:
-    """Encodes header fields as literals, which need no table."""
-    return b"".join(b"\x00" + _text(name) + _text(value) for name, value in headers)
-
-
-def _text(text: str) -> bytes:
-    """A length-prefixed string (RFC 7541, 5.1 and 5.2)."""
-    data = text.encode("latin-1")
-    if len(data) < 0x7F:
-        return bytes((len(data),)) + data
-    size, rest = bytearray(b"\x7f"), len(data) - 0x7F
-    while rest >= 0x80:
-        size.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    return bytes(size) + bytes((rest,)) + data
+    """Encodes header fields without a table of earlier ones, so that each block can be read alone."""
+    return hpack.Encoder().encode([(name, value, True) for name, value in headers], huffman=False)
 
 
 def framed(request: bytes) -> bytes:
