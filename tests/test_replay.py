@@ -219,6 +219,7 @@ def test_options_that_contradict_a_replay_are_refused_before_any_request(
         ("time,row,key\n0,1,4\n", "row and key both choose the input"),
         ("time\n0\nsoon\n", "line 3: time 'soon'; allowed: seconds"),
         ("time\n0\n\nnan\n", "line 4: time 'nan'"),
+        ("time\n1767225600250\n", "line 2: time '1767225600250'; allowed: .*; divide milliseconds by 1000"),
         ("time\n1767225600\n2026-01-01T00:00:01Z\n7\n", "line 4: time '7' is 1767225593 s from the first"),
         ("time,model\n0,a\n1,c\n", "line 3: model 'c'; allowed: a, b; .*MIX="),
         ("time,model,row\n0,a,4\n1,b,4\n2,a,5\n", "line 4: row '5'; allowed: 0 to 4"),

@@ -32,6 +32,7 @@ COLUMNS = ("time", "model", *CHOICES, "key")
 MOST_REQUESTS = 10_000_000
 MOST_LINE_BYTES = 65536
 LONGEST_S = 7 * 86400
+LATEST_S = 1e11  # the year 5138; milliseconds since 1970 are more
 TIMES = "seconds, such as 12.5 or 1767225600.250, or ISO times, such as 2026-11-28T19:00:00.250+00:00"
 
 
@@ -152,8 +153,9 @@ class _Reader:
             seconds = float(text)
         except ValueError:
             seconds = _iso_seconds(text)
-        if not math.isfinite(seconds):
-            raise self._wrong(f"time {text[:80]!r}; allowed: {TIMES}")
+        if not abs(seconds) < LATEST_S:
+            hint = "; divide milliseconds by 1000" if math.isfinite(seconds) else ""
+            raise self._wrong(f"time {text[:80]!r}; allowed: {TIMES}{hint}")
         if self._times and abs(seconds - self._times[0]) > LONGEST_S:
             apart = f"time {text[:80]!r} is {abs(seconds - self._times[0]):.0f} s from the first line's"
             raise self._wrong(f"{apart}; allowed: {LONGEST_S} s, all times in one format")
