@@ -1,7 +1,7 @@
 """The Locust file: sends real inputs of one or several models to Triton over HTTP or gRPC.
 
-Contract: a settings file determines the load: `loadtests.results.settings.LoadSettings` as JSON, or a list of them, one
-for each model (with the same loop, times and protocol). `loadtests.load.workers.worker` sends the load and ignores
+Contract: a settings file determines the load: a JSON list of `loadtests.results.settings.LoadSettings`, one for each
+model (with the same loop, times and protocol). `loadtests.load.workers.worker` sends the load and ignores
 `--users` and `--spawn-rate`: Locust's users only wait for its end. Each worker sends every n-th request of the plan,
 by the master's monotonic clock. Workers on other machines count from the arrival of its message to start.
 
@@ -29,8 +29,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from deepseek.spec import ExitCode, InputError
 from deepseek.spec.children import end_with
-from loadtests.load.preflight import check_numbers
-from loadtests.load.replay import plan_file
 from loadtests.load.workers.master import Master
 from loadtests.load.workers.worker import Worker
 from loadtests.results.settings import LoadSettings
@@ -52,26 +50,19 @@ class TritonUser(User):
 
 @events.init_command_line_parser.add_listener
 def _add_arguments(parser: LocustArgumentParser) -> None:
-    parser.add_argument("--settings", required=True, help="JSON file of LoadSettings, one or a list")
+    parser.add_argument("--settings", required=True, help="JSON file with a list of LoadSettings")
 
 
 def read_settings(path: Path) -> list[LoadSettings]:
-    """The settings of each model; InputError if the file cannot be read or has wrong settings."""
+    """The settings of each model; InputError if the file cannot be read or is not such a list."""
     try:
-        found = TypeAdapter(LoadSettings | list[LoadSettings]).validate_json(path.read_bytes())
+        return TypeAdapter(list[LoadSettings]).validate_json(path.read_bytes())
     except OSError as error:
-        raise InputError(f"--settings {path}: {error.strerror}; give a JSON file of LoadSettings") from None
+        raise InputError(f"--settings {path}: {error.strerror}; give a JSON list of LoadSettings") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = "".join(f"{part}: " for part in first["loc"][1:])
+        where = "".join(f"{part}: " for part in first["loc"])
         raise InputError(f"--settings {path}: {where}{first['msg']}; see loadtests/results/settings.py") from None
-    parts = found if isinstance(found, list) else [found]
-    for part in parts:
-        check_numbers(part)
-        if part.replay and not plan_file(path.parent, part.model).is_file():
-            plan = plan_file(path.parent, part.model).name
-            raise InputError(f"--settings {path}: a replay needs {plan} beside it; use: make loadtest REPLAY=")
-    return parts
 
 
 @events.init.add_listener

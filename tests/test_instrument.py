@@ -237,7 +237,7 @@ def test_locusts_command_sends_the_whole_schedule_with_slow_workers_and_any_numb
     locust += ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port]
     with FakeEndpoint() as endpoint:
         wanted = settings(endpoint, "http", rate_rps=80.0, duration_s=1.0)
-        (tmp_path / "settings.json").write_text(json.dumps(wanted.__dict__))
+        (tmp_path / "settings.json").write_text(json.dumps([wanted.__dict__]))
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         ended = subprocess.run(locust, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     rows = [json.loads(line) for line in (tmp_path / "tiny.seconds.jsonl").read_text().splitlines()]
