@@ -25,8 +25,8 @@ from tritonclient import grpc as triton
 
 from cli.main import main as command_line
 from deepseek.spec import DeploymentSpec, FileDigest, GateFailed, InputError
+from deepseek.spec.files import version_files
 from deepseek.spec.files.repository import versions_of
-from export.stages import publish
 from export.stages.publish import publish_version
 from serving.embedded import verified_repository
 from serving.embedded.launcher import EmbeddedServer
@@ -365,14 +365,14 @@ def test_triton_serves_the_old_version_until_the_new_ones_configuration_is_there
     build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
-    rename = publish._rename
+    move = version_files.move
 
     def killed(source: Path, destination: Path) -> None:
         if destination.name == "config.pbtxt":
             raise KeyboardInterrupt
-        rename(source, destination)
+        move(source, destination)
 
-    monkeypatch.setattr(publish, "_rename", killed)
+    monkeypatch.setattr(version_files, "move", killed)
     with pytest.raises(KeyboardInterrupt):
         publish_version(TEXT, "fp16", "onnxruntime", tmp_path / "repository")
     assert versions_of(tmp_path / "repository" / "text") == [2, 1]

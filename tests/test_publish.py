@@ -159,8 +159,8 @@ def test_across_mounts_of_one_disk_a_version_is_copied_beside_its_destination_fi
 @pytest.mark.parametrize(
     ("code", "error", "message"),
     [
-        (errno.ENOTEMPTY, InputError, "image was just added by another build; run it again"),
-        (errno.EEXIST, InputError, "image was just added by another build; run it again"),
+        (errno.ENOTEMPTY, InputError, "image: version 1 was just added by another build; run it again"),
+        (errno.EEXIST, InputError, "image: version 1 was just added by another build; run it again"),
         (errno.EIO, OSError, "no such luck"),
     ],
 )

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec.files.repository import CONFIG
+from deepseek.spec.files.version_files import retire
 from serving.embedded import verified_repository
 from serving.embedded.verified_repository import VerifiedRepository
-from serving.release.versions import retire
 from serving.repository.checks import check_layout, models_in
 from tests.test_versions import Disk, Release, candidate, disk, live, release
 

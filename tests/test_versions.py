@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import GateFailed, InputError, PublishedManifest
+from deepseek.spec.files import version_files
 from deepseek.spec.files.released import last_fate
 from deepseek.spec.files.repository import CONFIG, versions_of
+from deepseek.spec.files.version_files import retire
 from serving.embedded.verified_repository import VerifiedRepository
 from serving.release import versions
 from serving.release.journal import ReleaseJournal, exclusive
@@ -24,7 +26,6 @@ from serving.release.versions import (
     move_out,
     newest,
     previous_intact,
-    retire,
     same_as,
     stage,
 )
@@ -136,7 +137,7 @@ def test_a_move_that_fails_on_one_disk_copies_nothing(tmp_path: Path) -> None:
     for name in ("from/inner", "to/inner"):
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises(OSError, match="not empty"):
-        versions._move(tmp_path / "from", tmp_path / "to")
+        version_files.move(tmp_path / "from", tmp_path / "to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "to"]
 
 
@@ -294,7 +295,7 @@ def test_a_version_brought_to_the_repositorys_disk_is_hidden_and_later_only_rena
     view.fill()
     with beside_repository(stage(candidate / "text", number=2, folder=tmp_path / "new"), live) as near:
         assert (newest(live), list(view.changes())) == (1, [])
-        monkeypatch.setattr(versions, "_copy", None)
+        monkeypatch.setattr(version_files, "copy", None)
         move_in(near, 2, live, before=1)
         assert [change.versions for change in view.changes()] == [(2,)]
         assert not list((tmp_path / "view" / "text").glob(".scratch-*"))

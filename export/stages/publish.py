@@ -10,9 +10,7 @@ with `--anyway` (docs/release.md).
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
 import re
 import shutil
 import sys
@@ -42,7 +40,8 @@ from deepseek.spec.files.batching_plan import plan_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.files.measured_batches import read_measured
 from deepseek.spec.files.released import last_fate, last_number
-from deepseek.spec.files.repository import engine_model, retired, versions_of
+from deepseek.spec.files.repository import engine_model, versions_of
+from deepseek.spec.files.version_files import add_version, move, retire
 from deepseek.spec.machine.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
@@ -137,30 +136,19 @@ def publish_version(
     row = load_rows(build_dir(spec.name) / "evaluation.npz")[0]
     model = repository / spec.name
     with alone_in(repository), scratch_in(_staging(spec.name, repository)) as scratch:
-        version = _stage(scratch, spec, precision, target, engine, row, model)
+        staged = scratch / spec.name
+        staged.mkdir()
+        version = _stage(staged, spec, precision, target, engine, row, model)
         newest = max(versions_of(model), default=0)
         served = model / str(newest)
-        if if_changed and _is_the_same(scratch / str(version), served):
+        if if_changed and _is_the_same(staged / str(version), served):
             _restore_config(model, served, scratch)
             return {"path": str(served), "version": newest, "precision": precision, "target": target, "new": False}
         if not anyway:
-            check_fate(spec, scratch / str(version), repository)
-        onto_disk(scratch)
-        if not model.exists():
-            (scratch / "model").mkdir()
-            let_all_read(scratch)
-            for part in (str(version), "warmup", "config.pbtxt"):
-                os.rename(scratch / part, scratch / "model" / part)
-            _rename(scratch / "model", model)
-        else:
-            (model / "warmup").mkdir(exist_ok=True)
-            let_all_read(scratch)
-            for file in (scratch / "warmup").iterdir():
-                _rename(file, model / "warmup" / file.name)
-            # The version first: until the new configuration names it, NVIDIA's Triton serves the old version.
-            _rename(scratch / str(version), model / str(version))
-            _rename(scratch / "config.pbtxt", model / "config.pbtxt")
-            _retire(model, scratch)
+            check_fate(spec, staged / str(version), repository)
+        onto_disk(staged)
+        add_version(staged, version, model)
+        retire(model)
     return {
         "path": str(model / str(version)),
         "version": version,
@@ -180,7 +168,7 @@ def _restore_config(model: Path, served: Path, scratch: Path) -> None:
         (scratch / "config.pbtxt").write_bytes(own)
         onto_disk(scratch / "config.pbtxt")
         let_all_read(scratch)
-        _rename(scratch / "config.pbtxt", config)
+        move(scratch / "config.pbtxt", config)
 
 
 def _staging(name: str, repository: Path) -> Path:
@@ -196,11 +184,11 @@ def _staging(name: str, repository: Path) -> Path:
 
 
 def _stage(
-    scratch: Path, spec: DeploymentSpec, precision: Precision, target: Target, engine: Path, row: Row, model: Path
+    staged: Path, spec: DeploymentSpec, precision: Precision, target: Target, engine: Path, row: Row, model: Path
 ) -> int:
-    """Lays out version, warm-up and configuration in `scratch`; returns the version number."""
+    """Lays out version, warm-up and configuration in `staged`; returns the version number."""
     version = last_number(model) + 1
-    folder = scratch / str(version)
+    folder = staged / str(version)
     folder.mkdir()
     front = spec.has_front(target)
     place = engine_model(folder, spec.name) / str(VERSION) if front else folder
@@ -209,18 +197,18 @@ def _stage(
         shutil.copyfile(file, place / file.name)
     for name, source in backend_files(spec, target).items():
         shutil.copyfile(source, folder / name)
-    (scratch / "warmup").mkdir()
+    (staged / "warmup").mkdir()
     if spec.text_for(target):
         tokenizer = tokenizer_path(spec)
         text_encoder(spec, tokenizer)  # raises InputError if it cannot be read
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         if not front:
             pairs = spec.text is not None and spec.text.pairs
-            _write_string(scratch / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if pairs else 1)
+            _write_string(staged / "warmup" / f"{version}-{TEXT}", WARMUP_TEXT, 2 if pairs else 1)
     graph = engine if TARGETS[target].is_graph else onnx_path(spec.name, "fp32")  # all engines come from that one
     vocabulary = _stage_vocabulary(folder, spec, graph) if spec.vocabulary_for(target) else None
     if vocabulary is not None and not front:
-        _write_string(scratch / "warmup" / f"{version}-{HISTORY}", vocabulary.names[1])
+        _write_string(staged / "warmup" / f"{version}-{HISTORY}", vocabulary.names[1])
     plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
     built = read_manifest(engine)
     device, on_gpus = built.settings.get("device", "cpu"), []
@@ -233,11 +221,11 @@ def _stage(
         config = put_front(config, spec, target, folder, row, vocabulary)
     else:
         for name, array in row.items():
-            (scratch / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
+            (staged / "warmup" / f"{version}-{name}").write_bytes(array.tobytes())
     manifest = published_manifest(spec, target, engine, folder).model_copy(update={"batching": plan})
     write_manifest(folder / "manifest.json", manifest)
     config.version_policy.specific.versions.append(version)
-    for place in (scratch, folder):  # a server that rolls back to the version uses its own copy
+    for place in (staged, folder):  # a server that rolls back to the version uses its own copy
         (place / "config.pbtxt").write_text(config_text(config))
     return version
 
@@ -281,29 +269,6 @@ def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folde
     graphs = {"cuda_graph_batches": cuda_graph_batches(spec.for_target(target))} if target == "tensorrt" else {}
     settings = {**built.settings, **graphs}
     return PublishedManifest(**{**dict(built), "target": target, "files": files, "settings": settings, **signature})
-
-
-def _rename(source: Path, destination: Path) -> None:
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.rename(source, destination)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-            raise InputError(f"{destination} was just added by another build; run it again") from None
-        if error.errno != errno.EXDEV:
-            raise
-        with scratch_in(destination.parent) as beside:
-            copied = Path(shutil.move(source, beside / source.name))
-            onto_disk(copied)
-            os.rename(copied, destination)
-
-
-def _retire(model: Path, scratch: Path) -> None:
-    """Removes versions that are too old to roll back to, with their warm-up files."""
-    for old in retired(model):
-        _rename(model / str(old), scratch / f"retired-{old}")
-        for file in (model / "warmup").glob(f"{old}-*"):
-            file.unlink()
 
 
 def main(options: argparse.Namespace) -> None:

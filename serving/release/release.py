@@ -27,13 +27,14 @@ from deepseek.spec import (
 from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.released import WITHDRAWN, last_number
 from deepseek.spec.files.repository import CONFIG
+from deepseek.spec.files.version_files import retire
 from serving.release.candidate import MOST_ATTEMPTS, Candidate
 from serving.release.gate_commands import SteadyLoad
 from serving.release.history import finish
 from serving.release.journal import Outcome, ReleaseJournal, exclusive
 from serving.release.live_server import LiveServer, use_local_port
 from serving.release.step_runner import StepRunner, refresh_stack
-from serving.release.versions import beside_repository, move_in, move_out_first, newest, retire
+from serving.release.versions import beside_repository, move_in, move_out_first, newest
 from serving.repository.checks import MANIFEST
 
 

@@ -1,17 +1,13 @@
 """Versions of a model as files: a candidate is staged beside the repository, moved in, and moved out again.
 
 Contract: the gates judge the exact bytes that are served later: a candidate is copied and numbered before the first
-check, and after that only renamed. A version enters the repository before its `config.pbtxt`, which names it, and
-leaves after it, so no server sees half a version or one under another's configuration. A kill in between leaves a
-version that is served with its own copy of the configuration (`deepseek.spec.files.repository.config_path`). On a full
-disk the error is one line and nothing is left behind. Moving a version out needs no disk space. Handles only versions
-that `export.stages.publish` made.
+check, and after that only renamed. A version leaves the repository after the `config.pbtxt` that names it, as it enters
+before (`deepseek.spec.files.version_files`). On a full disk the error is one line and nothing is left behind. Moving a
+version out needs no disk space. Handles only versions that `export.stages.publish` made.
 """
 
 from __future__ import annotations
 
-import errno
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,13 +18,11 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import GateFailed, InputError, PublishedManifest
-from deepseek.spec.command import PLACE_ERRORS
-from deepseek.spec.files.folders import SCRATCH, alone_in, let_all_read, onto_disk, scratch_in
-from deepseek.spec.files.repository import CONFIG, retired, versions_of
+from deepseek.spec.files.folders import SCRATCH, alone_in, let_all_read, scratch_in
+from deepseek.spec.files.repository import CONFIG, versions_of
+from deepseek.spec.files.version_files import WARMUP, add_version, copy, hide_version, move, whole
 from serving.repository.checks import MANIFEST, config_of, read_config
 from serving.repository.version_choice import check_under
-
-WARMUP = "warmup"
 
 
 def newest(model: Path) -> int | None:
@@ -54,13 +48,13 @@ def copy_version(source: Path, version: int, *, number: int, folder: Path) -> Pa
     """Copies one version of a model, as `number`, with its warm-up files and a matching configuration."""
     model = folder / source.name
     shutil.rmtree(model, ignore_errors=True)
-    with _whole(model):
+    with whole(model):
         (model / WARMUP).mkdir(parents=True)
-        _copy(source / str(version), model / str(number))
+        copy(source / str(version), model / str(number))
         config = config_of(source, version)
         for old, new in _renumber(config, version, number).items():
             if (source / WARMUP / old).is_file():
-                _copy(source / WARMUP / old, model / WARMUP / new)
+                copy(source / WARMUP / old, model / WARMUP / new)
         text = text_format.MessageToString(config)
         for place in (model, model / str(number)):  # a rollback takes the version's own copy
             (place / CONFIG).write_text(text)
@@ -100,7 +94,7 @@ def same_as(staged: Path, number: int, model: Path, version: int) -> bool:
 def beside_repository(staged: Path, model: Path) -> Iterator[Path]:
     """Moves the staged version to the repository's disk, hidden from servers, so that `move_in` only renames."""
     with scratch_in(model) as scratch:
-        _move(staged, scratch / model.name)
+        move(staged, scratch / model.name)
         yield scratch / model.name
 
 
@@ -115,43 +109,7 @@ def move_in(staged: Path, number: int, model: Path, *, before: int | None) -> No
                 f"{model}: its newest version is {newest(model) or 'none'}, but was {before or 'none'} at the start: "
                 "another build changed it; release again"
             )
-        let_all_read(staged)
-        if not model.exists():
-            _move(staged, model)
-            return
-        (model / WARMUP).mkdir(exist_ok=True)
-        try:
-            for file in sorted((staged / WARMUP).iterdir()):
-                _move(file, model / WARMUP / file.name)
-            _move(staged / str(number), model / str(number))
-            _move(staged / CONFIG, model / CONFIG)
-        except InputError:
-            _remove(model, number)
-            raise
-
-
-def retire(model: Path) -> list[int]:
-    """Removes versions too old for a rollback; returns their numbers."""
-    old = retired(model)
-    for version in old:
-        _remove(model, version)
-    return old
-
-
-def _remove(model: Path, version: int) -> None:
-    """Hides, then removes a version and its warm-up files, so that no server sees half of it."""
-    if (model / str(version)).is_dir():
-        shutil.rmtree(_hide(model, version))
-    for file in (model / WARMUP).glob(f"{version}-*"):
-        file.unlink()
-
-
-def _hide(model: Path, version: int) -> Path:
-    """Renames a version so that no server reads it; returns its path."""
-    names = (model / f"{SCRATCH}{version}-{count}" for count in itertools.count())
-    hidden = next(name for name in names if not name.exists())
-    os.rename(model / str(version), hidden)
-    return hidden
+        add_version(staged, number, model)
 
 
 def previous_intact(model: Path) -> int:
@@ -184,7 +142,7 @@ def move_out(
         os.replace(draft, model / CONFIG)
         draft.unlink(missing_ok=True)  # os.replace keeps it if both names are the same file
         out = sorted(version for version in versions_of(model) if back_to < version <= number)
-        hidden = {version: _hide(model, version) for version in out}
+        hidden = {version: hide_version(model, version) for version in out}
         decided()
         kept = [_archive(place, version, model, archive) for version, place in hidden.items()]
         return [said for said in kept if said]
@@ -194,15 +152,15 @@ def move_out_first(model: Path, number: int, *, archive: Path) -> None:
     """Moves a model whose only version is `number` out of the repository, to `archive`."""
     with alone_in(model.parent):
         if versions_of(model) == [number]:
-            _move(model, archive)
+            move(model, archive)
 
 
 def _draft_config(own: Path, draft: Path) -> None:
     """Copies a version's configuration to `draft`; on a full disk links it instead."""
     draft.unlink(missing_ok=True)
     try:
-        with _whole(draft):
-            _copy(own, draft)
+        with whole(draft):
+            copy(own, draft)
     except InputError:
         os.link(own, draft)
 
@@ -210,59 +168,11 @@ def _draft_config(own: Path, draft: Path) -> None:
 def _archive(hidden: Path, version: int, model: Path, archive: Path) -> str:
     """Moves a hidden version to the archive; if that fails, it stays hidden and a line says why."""
     try:
-        _move(hidden, archive / str(version))
+        move(hidden, archive / str(version))
         for file in sorted((model / WARMUP).glob(f"{version}-*")):
-            _move(file, archive / WARMUP / file.name)
+            move(file, archive / WARMUP / file.name)
     except (InputError, OSError) as error:
         where = hidden if hidden.exists() else model / WARMUP
         lies = f"until the next release it is in {where}, hidden from servers"
         return f"version {version} is withdrawn, but not archived: {error}; {lies}"
     return ""
-
-
-def _move(source: Path, destination: Path) -> None:
-    """Renames over an existing file; across file systems copies beside the destination first.
-
-    Raises InputError if there is no room for the copy.
-    """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.replace(source, destination)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        beside = destination.with_name(f"{SCRATCH}{destination.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        with _whole(beside):
-            _copy(source, beside)
-        os.replace(beside, destination)
-        hidden = source.with_name(f"{SCRATCH}{source.name}")
-        os.replace(source, hidden)  # servers see all of it or nothing
-        shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
-
-
-def _copy(source: Path, destination: Path) -> None:
-    """Copies a file or folder; raises the first OSError itself (shutil.copytree turns it into text)."""
-    if source.is_file():
-        shutil.copyfile(source, destination)
-        return
-    destination.mkdir()
-    for each in sorted(source.iterdir()):
-        if each.name != "__pycache__" and not each.name.startswith(SCRATCH):
-            _copy(each, destination / each.name)
-
-
-@contextmanager
-def _whole(place: Path) -> Iterator[None]:
-    """Wraps the writing of a file or folder: afterwards it is complete and on the disk, or removed.
-
-    Raises InputError if the disk is full or read-only.
-    """
-    try:
-        yield
-        onto_disk(place)
-    except OSError as error:
-        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-        if error.errno not in PLACE_ERRORS:
-            raise
-        raise InputError(f"{error.filename2 or place}: {error.strerror}; {PLACE_ERRORS[error.errno]}") from None

@@ -79,7 +79,12 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "publishing": (
-        ("export/stages/publish.py", "export/publishing/triton_config.py", "serving/release/versions.py"),
+        (
+            "export/stages/publish.py",
+            "export/publishing/triton_config.py",
+            "deepseek/spec/files/version_files.py",
+            "serving/release/versions.py",
+        ),
         ("tests/test_publish.py", "tests/test_triton_config.py", "tests/test_versions.py"),
     ),
     "precision selection": (
