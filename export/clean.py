@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from deepseek.spec import build_dir
-from deepseek.spec.files.folders import alone_in, write_whole
+from deepseek.spec.files.folders import SCRATCH, alone_in, write_whole
 from deepseek.spec.files.repository import model_folders
 
 OURS = ("# Yours: ", "# Written by make engine")
@@ -35,9 +35,12 @@ def remove_env_file(path: Path) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    with alone_in(build_dir(options.model)):
-        shutil.rmtree(Path(options.repository) / options.model, ignore_errors=True)
-        shutil.rmtree(build_dir(options.model), ignore_errors=True)
+    published, built = Path(options.repository) / options.model, build_dir(options.model)
+    if not (published.exists() or built.exists()):
+        print(f"clean     no {published} and no {built}")
+    with alone_in(built):
+        shutil.rmtree(published, ignore_errors=True)
+        shutil.rmtree(built, ignore_errors=True)
         if model_folders(Path(options.repository)):
             print("clean     other models are left; make stack rewrites the stack's limits and alerts for them")
         else:
@@ -45,13 +48,13 @@ def main(options: argparse.Namespace) -> None:
 
 
 def everything(options: argparse.Namespace) -> None:
-    """Removes the build folder, and all of the repository but its README.md; waits for running builds first."""
+    """Removes the build folder and the repository's models; waits for running builds first. Other files there stay."""
     with ExitStack() as builds:
         for folder in build_dir("").glob("*/"):
             builds.enter_context(alone_in(folder))
-        for path in Path(options.repository).glob("*"):
-            if path.name != "README.md":
-                _remove(path)
+        repository = Path(options.repository)
+        for path in (*model_folders(repository), *repository.glob(f"{SCRATCH}*")):
+            _remove(path)
         _remove(build_dir(""))
         remove_env_file(Path(options.env_file))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -129,6 +130,14 @@ def test_a_build_that_waited_for_clean_locks_the_new_folder(tiny: Path, monkeypa
     monkeypatch.setattr("fcntl.flock", replaced)
     with alone_in(folder):
         assert locked == [(tiny / "removed").stat().st_ino, folder.stat().st_ino]
+
+
+def test_clean_says_that_a_model_has_nothing_to_remove(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny / "repository" / "tiny").mkdir(parents=True)
+    clean.main(options_of(tiny))
+    assert not (tiny / "repository" / "tiny").exists()
+    clean.main(options_of(tiny, model="typo"))
+    assert re.fullmatch(r"clean     no \S+/repository/typo and no \S*typo\n", capsys.readouterr().out)
 
 
 def test_clean_keeps_the_users_own_lines_and_choices(tiny: Path) -> None:

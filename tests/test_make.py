@@ -139,9 +139,10 @@ def test_a_signal_to_make_alone_reaches_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("repository", ["repository", "nosuch"])
 def test_distclean_finds_what_was_built_and_keeps_sources_and_the_users_files(tmp_path: Path, repository: str) -> None:
-    for name in ("build", "elsewhere/text", "repository/text/1", "environment/bin"):
+    for name in ("build", "elsewhere/text", "repository/text/1", "repository/notes", "environment/bin"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "repository" / "README.md").touch()
+    (tmp_path / "repository" / "text" / "config.pbtxt").touch()
     (tmp_path / ".env").write_text("MINE=1\n")
     python = tmp_path / "environment" / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -150,8 +151,8 @@ def test_distclean_finds_what_was_built_and_keeps_sources_and_the_users_files(tm
     line = ["make", "-f", str(Path("Makefile").resolve()), "distclean", "VENV=environment"]
     run = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT | places)
     assert run.returncode == 0, run.stderr
-    kept = {"text", "1"} if repository == "nosuch" else set()
-    assert {path.name for path in tmp_path.rglob("*")} == {"build", "repository", "README.md", ".env"} | kept
+    kept = {"text", "1", "config.pbtxt"} if repository == "nosuch" else set()
+    assert {path.name for path in tmp_path.rglob("*")} == {"build", "repository", "notes", "README.md", ".env"} | kept
 
 
 def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callable[..., list[str]]) -> None:
