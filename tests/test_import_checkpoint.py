@@ -257,6 +257,9 @@ def test_the_tokenizer_lower_cases_and_cuts_as_the_checkpoint_says_and_pads_on_t
     [
         ({"tokenizer_class": "BertTokenizer"}, True),
         ({"tokenizer_class": "BertTokenizer", "model_input_names": ["input_ids", "attention_mask"]}, False),
+        ({"tokenizer_class": "BertTokenizer", "backend": "tokenizers"}, True),
+        ({"tokenizer_class": "AlbertTokenizer"}, True),
+        ({"tokenizer_class": "AlbertTokenizer", "backend": "tokenizers"}, False),
         ({"tokenizer_class": "TokenizersBackend"}, False),
         ({"tokenizer_class": "TokenizersBackend", "model_input_names": ["input_ids", "token_type_ids"]}, True),
     ],

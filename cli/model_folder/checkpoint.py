@@ -61,6 +61,8 @@ SENTENCE_CONFIGS = tuple(
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 """The settings of sentence-transformers for the tokenizer; old versions name the file after the type of the model."""
+TYPED = ("BertTokenizer", "DebertaV2Tokenizer")
+"""Classes that give token types in transformers 5, which writes the key `backend` into tokenizer_config.json."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -248,8 +250,10 @@ def _tokenizer_config(path: Path) -> dict[str, Any]:
 
 
 def _usual_inputs(tokenizer: dict[str, Any]) -> list[str]:
-    """What a tokenizer gives besides ids; the class without a model's name, new in transformers 5, has no types."""
-    return [] if tokenizer.get("tokenizer_class") == "TokenizersBackend" else ["token_type_ids"]
+    """What a tokenizer gives besides ids. Each class of transformers 4 gives types; few of transformers 5 do."""
+    name = tokenizer.get("tokenizer_class")
+    typed = name in TYPED or ("backend" not in tokenizer and name != "TokenizersBackend")
+    return ["token_type_ids"] if typed else []
 
 
 def _sentence_config(folder: Path) -> str:
