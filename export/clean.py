@@ -50,7 +50,8 @@ def main(options: argparse.Namespace) -> None:
 def everything(options: argparse.Namespace) -> None:
     """Removes the build folder and the repository's models; waits for running builds first. Other files there stay."""
     with ExitStack() as builds:
-        for folder in build_dir("").glob("*/"):
+        # The gateway's folder last: a build, which holds its model's folder, locks it too.
+        for folder in sorted(build_dir("").glob("*/"), key=lambda folder: folder.name == "gateway"):
             builds.enter_context(alone_in(folder))
         repository = Path(options.repository)
         for path in (*model_folders(repository), *repository.glob(f"{SCRATCH}*")):

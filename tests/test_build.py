@@ -117,6 +117,24 @@ def test_a_second_build_of_a_folder_waits_and_so_does_clean(
         assert graph.exists() is left
 
 
+def test_distclean_does_not_hold_the_gateways_folder_while_it_waits_for_a_build(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gateway", "tiny"):
+        (tiny / "build" / name).mkdir(parents=True, exist_ok=True)
+    glob, said = Path.glob, SimpleQueue[str]()
+    monkeypatch.setattr(Path, "glob", lambda place, pattern: iter(sorted(glob(place, pattern))))
+    monkeypatch.setattr("deepseek.spec.files.folders.print", lambda text, **_: said.put(text), raising=False)
+    other = threading.Thread(target=clean.everything, args=(options_of(tiny),))
+    with alone_in(tiny / "build" / "tiny"):
+        other.start()
+        assert said.get().endswith("/tiny")
+        with alone_in(tiny / "build" / "gateway", refusal="the build would wait for distclean, and that for the build"):
+            pass
+    other.join()
+    assert not (tiny / "build").exists()
+
+
 def test_a_build_that_waited_for_clean_locks_the_new_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, locked = tiny / "build" / "tiny", list[int]()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -139,6 +140,24 @@ def test_a_move_that_fails_on_one_disk_copies_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"):
         version_files.move(tmp_path / "from", tmp_path / "to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["from", "to"]
+
+
+def test_an_interrupted_copy_to_another_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def across(source: Path, destination: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    def interrupted(source: Path, destination: Path) -> None:
+        destination.mkdir()
+        raise KeyboardInterrupt
+
+    (tmp_path / "from").mkdir()
+    monkeypatch.setattr(os, "rename", across)
+    monkeypatch.setattr(version_files, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        version_files.move(tmp_path / "from", tmp_path / "to")
+    assert [path.name for path in tmp_path.iterdir()] == ["from"]
 
 
 def test_the_configuration_never_names_a_missing_version(

@@ -114,8 +114,8 @@ def whole(place: Path) -> Iterator[None]:
     try:
         yield
         onto_disk(place)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too: NVIDIA's Triton would take half a copy in the repository for a model
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
-        if error.errno not in PLACE_ERRORS:
+        if not isinstance(error, OSError) or error.errno not in PLACE_ERRORS:
             raise
         raise InputError(f"{error.filename2 or place}: {error.strerror}; {PLACE_ERRORS[error.errno]}") from None
