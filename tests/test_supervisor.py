@@ -153,7 +153,7 @@ def test_a_load_that_takes_too_long_names_the_option() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         control = ModelControl(f"127.0.0.1:{silent.getsockname()[1]}", "", timeout_s=0.1)
         reason = control.change("slow", "load")
-    assert reason == "no answer within 0.1 s (--timeout-s); it serves what still loads after that"
+    assert reason == "no answer within 0.1 s (--timeout-s); Triton may still finish the load"
 
 
 def test_a_process_killed_during_the_start_ends_it_with_one_line(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class ModelControl:
                 text = json.loads(text)["error"]
             return text.partition("\n\nAt:")[0]  # a Python model's own reason, without its stack
         except TimeoutError:
-            return f"no answer within {self._timeout_s:g} s (--timeout-s); it serves what still loads after that"
+            return f"no answer within {self._timeout_s:g} s (--timeout-s); Triton may still finish the {action}"
         except OSError as error:
             return str(error)
         return None
