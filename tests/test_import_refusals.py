@@ -60,6 +60,16 @@ def as_file(folder: Path) -> None:
     folder.touch()
 
 
+def as_cache(folder: Path) -> None:
+    (folder / "snapshots").mkdir()
+    shutil.copytree(folder, folder / "snapshots" / "c0ffee", ignore=shutil.ignore_patterns("snapshots"))
+    (folder / "config.json").unlink()
+
+
+def as_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
 def prompt_apart(folder: Path) -> None:
     write_modules(folder, MEAN | {"include_prompt": False})
     (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find "}}')
@@ -70,6 +80,9 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (shutil.rmtree, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
     (as_file, (), "some: a file; allowed: the folder of a checkpoint"),
     (without("config.json"), (), "config.json: no such file; a checkpoint of transformers has one"),
+    (as_cache, (), "inside the cache of Hugging Face; import "),
+    (as_adapter, (), "config.json: no such file; the folder is an adapter of PEFT; merge it into its model"),
+    (config(quantization_config={"quant_method": "gptq"}), (), "quantization_config: seen 'gptq', but the build quantizes itself"),
     (with_file("config.json", "{"), (), "config.json: cannot be read as JSON"),
     (config(hidden_size=None), (), "config.json: hidden_size: seen None; a whole number, 0 or more, is needed"),
     (config(max_position_embeddings=0), (), "max_position_embeddings: seen 0; more than 0 is needed"),

@@ -112,7 +112,7 @@ class Checkpoint:
             )
         modules = _modules(folder)
         inside = folder / modules.get("Transformer", "")
-        config = _object(inside / "config.json", "a checkpoint of transformers has one")
+        config = _object(inside / "config.json", _why_no_config(inside))
         kind = _kind(inside / "config.json", config)
         task, pairs = _task(inside / "config.json", config, task)
         limits = _limits(inside, config, kind)
@@ -159,6 +159,18 @@ def _optional(path: Path) -> dict[str, Any]:
     return _object(path, "") if path.is_file() else {}
 
 
+def _why_no_config(folder: Path) -> str:
+    """What to say if config.json is missing: two folders are easily taken for a checkpoint."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "the folder is an adapter of PEFT; merge it into its model with merge_and_unload() and save_pretrained(), "
+            "and save the tokenizer beside it"
+        )
+    if snapshots := sorted((folder / "snapshots").glob("*/config.json")):
+        return f"the checkpoint is inside the cache of Hugging Face; import {snapshots[-1].parent} with --name"
+    return "a checkpoint of transformers has one"
+
+
 def _number(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
     """A whole number of a JSON object, 0 or more; raises InputError."""
     value = config.get(key)
@@ -174,6 +186,12 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
         raise InputError(
             f"{path}: auto_map: the checkpoint brings code of its own (trust_remote_code), which the import does not "
             "run; read the code, then write the folder with `deepseek new --from text`"
+        )
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InputError(
+            f"{path}: quantization_config: seen {method!r:.80}, but the build quantizes itself, from fp32; import the "
+            "checkpoint that this one was made from"
         )
     name, decoder = config.get("model_type"), config.get("is_encoder_decoder") or config.get("is_decoder")
     if not isinstance(name, str) or name not in KINDS or decoder:
