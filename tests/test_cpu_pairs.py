@@ -166,3 +166,25 @@ def test_a_convolution_that_keeps_the_high_precision_has_no_pair_behind_it() -> 
     assert [node.input[0] for node in high.graph.node if node.op_type == "QuantizeLinear"] == [
         *("x", "w0", "w2", "r", "sum", "third")
     ]
+
+
+TURN = "Transpose <perm = [0, 1, 3, 2]>"
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"first = Conv (x_d, w0_d) {pair('first')} y = {TURN} (first_d)",
+        f"first = Conv (x_d, w0_d) r = Relu (first) {pair('r')} t = {TURN} (r_d) y = Neg (t)",
+        "first = Conv (x_d, w0_d) n = Neg (x_d) y = Max (first, n)",
+    ],
+)
+def test_no_pair_is_left_if_the_only_layer_keeps_the_high_precision(nodes: str) -> None:
+    high = with_high(quantized(nodes), ["first"])
+    assert not [node.name for node in high.graph.node if node.op_type.endswith("eLinear")]
+
+
+def test_a_pair_that_another_layer_needs_stays() -> None:
+    nodes = f"first = Conv (x_d, w0_d) {pair('first')} t = {TURN} (first_d) y = Conv (t, w1_d)"
+    high = with_high(quantized(nodes, weights=2), ["first"])
+    assert [node.input[0] for node in high.graph.node if node.op_type == "QuantizeLinear"] == ["w1", "first"]

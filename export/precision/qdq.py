@@ -70,17 +70,34 @@ def with_high(model: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProt
                     node.input[place] = nodes[-1].output[0] if carriers else source
         nodes.append(node)
     replace_nodes(copy.graph, nodes)
-    outputs: set[str] = set()  # of convolutions in `layers`, and of what follows them
-    for node in copy.graph.node:
-        if (node.op_type == "Conv" and node.name in layers) or (
-            node.op_type in ("Relu", "Clip") and node.input[0] in outputs
-        ):
-            outputs.add(node.output[0])
-    _read_wide(  # the pairs of `pair_convolution_outputs`
-        copy.graph, lambda node, value: value in outputs and node.op_type not in (*COMPUTE_OPS, *CARRIERS)
-    )
+    _drop_idle_pairs(copy.graph, layers)
     drop_unread(copy.graph)
     return copy
+
+
+def _drop_idle_pairs(graph: onnx.GraphProto, high: Collection[str]) -> None:
+    """Lets nodes read the value before a pair that no layer at 8 bits needs; the layers in `high` are not.
+
+    A layer needs the pairs that it reads, and a convolution also the pair behind it or its Relu.
+    """
+    producers = producers_of(graph)
+    needed: set[str] = set()  # outputs of pairs, and of the carriers between them and a layer
+    at_8_bits: dict[str, bool] = {}  # by output of a convolution or its Relu
+    for node in graph.node:
+        if node.op_type in COMPUTE_OPS:
+            pairs = [pair_before(name, producers) for name in node.input[:2] if node.name not in high]
+            needed.update(each.output[0] for carriers, pair in pairs if pair is not None for each in (*carriers, pair))
+            if node.op_type == "Conv" and all(pair is not None for _, pair in pairs):
+                at_8_bits[node.output[0]] = node.name not in high
+        elif node.op_type in ("Relu", "Clip") and node.input[0] in at_8_bits:
+            at_8_bits[node.output[0]] = at_8_bits[node.input[0]]
+
+    def reads_wide(node: onnx.NodeProto, value: str, pair: str) -> bool:
+        if node.output[0] in needed or (node.op_type in COMPUTE_OPS and node.name not in high):
+            return False
+        return not at_8_bits.get(value, pair in needed)
+
+    _read_wide(graph, reads_wide)
 
 
 def _copied(carriers: Iterable[onnx.NodeProto], source: str, prefix: str) -> list[onnx.NodeProto]:
@@ -160,19 +177,23 @@ def keep_residuals_wide(model: onnx.ModelProto) -> None:
 
     A residual then loses no precision, and ONNX Runtime fuses the pair into the product, its only reader.
     """
-    _read_wide(model.graph, lambda node, _: node.op_type == "Add")
+    _read_wide(model.graph, lambda node, *_: node.op_type == "Add")
     drop_unread(model.graph)
 
 
-def _read_wide(graph: onnx.GraphProto, reads: Callable[[onnx.NodeProto, str], bool]) -> None:
-    """Where `reads(node, value)`, the node reads the value from before its Q/DQ pair."""
+def _read_wide(graph: onnx.GraphProto, reads: Callable[[onnx.NodeProto, str, str], bool]) -> None:
+    """Where `reads(node, value, output of its pair)`, the node reads the value before the pair."""
     producers = producers_of(graph)
     for node in graph.node:
         for place, name in enumerate(node.input):
             dequantize = producers.get(name)
             if dequantize is not None and dequantize.op_type == "DequantizeLinear":
                 quantize = producers.get(dequantize.input[0])
-                if quantize is not None and quantize.op_type == "QuantizeLinear" and reads(node, quantize.input[0]):
+                if (
+                    quantize is not None
+                    and quantize.op_type == "QuantizeLinear"
+                    and reads(node, quantize.input[0], name)
+                ):
                     node.input[place] = quantize.input[0]
 
 
