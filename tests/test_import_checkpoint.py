@@ -272,6 +272,25 @@ def test_the_types_of_a_pairs_tokens_are_an_input_if_the_tokenizer_gives_them(
     assert Checkpoint.read(tmp_path, "auto").token_types == types
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "task"),
+    [
+        ("config_sentence_transformers.json", {"model_type": "CrossEncoder"}, "cross-encoder"),
+        ("config_sentence_transformers.json", {"model_type": "SentenceTransformer"}, "classifier"),
+        ("config.json", {"sentence_transformers": {"version": "5.1.0"}}, "cross-encoder"),
+        ("config.json", {"sbert_ce_default_activation_function": "torch.nn.Identity"}, "cross-encoder"),
+    ],
+)
+def test_a_cross_encoder_of_sentence_transformers_may_have_several_labels(
+    name: str, values: dict[str, Any], task: str, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, "bert", "classifier")
+    path = tmp_path / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    assert Checkpoint.read(tmp_path, "auto").task == task
+    assert Checkpoint.read(tmp_path, "classifier").task == "classifier"
+
+
 def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path) -> None:
     module = write_checkpoint(tmp_path / "parts", "bert", max_shard_size="40KB")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1

@@ -61,6 +61,9 @@ SENTENCE_CONFIGS = tuple(
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 """The settings of sentence-transformers for the tokenizer; old versions name the file after the type of the model."""
+SENTENCE_SETTINGS = "config_sentence_transformers.json"
+CROSS_ENCODER_KEYS = {"sentence_transformers", "sbert_ce_default_activation_function"}
+"""Keys of config.json that only a CrossEncoder of sentence-transformers writes."""
 TYPED = ("BertTokenizer", "DebertaV2Tokenizer")
 """Classes that give token types in transformers 5, which writes the key `backend` into tokenizer_config.json."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -216,7 +219,8 @@ def _task(path: Path, config: dict[str, Any], wanted: str) -> tuple[str, bool]:
     head = next((head for head in HEADS.values() if head and architecture.endswith(head)), None)
     task = wanted
     if wanted == "auto" and head == "ForSequenceClassification":
-        task = "cross-encoder" if len(_labels(path, config)) == 1 else "classifier"
+        pairs = len(_labels(path, config)) == 1 or _is_cross_encoder(path, config)
+        task = "cross-encoder" if pairs else "classifier"
     elif wanted == "auto" and head:
         task = "token-classifier"
     elif wanted == "auto" and architecture.endswith(("Model", "ForMaskedLM", "ForPreTraining")):
@@ -229,6 +233,12 @@ def _task(path: Path, config: dict[str, Any], wanted: str) -> tuple[str, bool]:
             "embeddings"
         )
     return task, head == "ForSequenceClassification" and task != "encoder"
+
+
+def _is_cross_encoder(path: Path, config: dict[str, Any]) -> bool:
+    """Whether sentence-transformers saved it as a CrossEncoder; before version 6, only config.json says so."""
+    settings = _optional(path.parent / SENTENCE_SETTINGS)
+    return settings.get("model_type") == "CrossEncoder" or bool(config.keys() & CROSS_ENCODER_KEYS)
 
 
 def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
@@ -298,7 +308,7 @@ def _modules(folder: Path) -> dict[str, str]:
 
 def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     """The prompts that sentence-transformers uses, and the name of the default."""
-    path = folder / "config_sentence_transformers.json"
+    path = folder / SENTENCE_SETTINGS
     settings = _optional(path)
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     try:
