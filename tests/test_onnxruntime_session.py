@@ -186,4 +186,5 @@ def test_optimizers_are_disabled_only_for_graphs_with_such_types(
 ) -> None:
     assert optimizers_left_out(build / "image" / "fp32" / "model.onnx") == []
     assert optimizers_left_out(build / "image" / "fp16" / "model.onnx") == ["MatmulTransposeFusion"]
-    assert optimizers_left_out(rectified) == ["ReluQuantRewrite"]
+    fp8 = ["ReluQuantRewrite", "QDQPropagationTransformer", "QDQSelectorActionTransformer"]
+    assert optimizers_left_out(rectified) == fp8

@@ -12,13 +12,14 @@ from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, one_li
 from deepseek.spec.tables import OnnxRuntimeSpec
 from export.model_folder import Predict
 
-# Optimizers of ONNX Runtime 1.32.0 to disable for graphs with values of a type.
+# Optimizers of ONNX Runtime to disable for graphs with values of a type.
 _FAULTY = {
     # It moves a Transpose past the Cast to fp32 that a CPU needs and leaves a node without a definition; the layout
     # optimizer then reads a null pointer (microsoft/onnxruntime#28392; happens with vision Transformers).
-    onnx.TensorProto.FLOAT16: "MatmulTransposeFusion",
-    # It mistakes fp8 for uint8 and drops a Relu before QuantizeLinear as implied by the range: negative values pass.
-    onnx.TensorProto.FLOAT8E4M3FN: "ReluQuantRewrite",
+    onnx.TensorProto.FLOAT16: ("MatmulTransposeFusion",),
+    # They mistake fp8 for uint8. The first drops a Relu before QuantizeLinear as implied by the range: negative values
+    # pass. The others, up to 1.31.1 (the newest onnxruntime-gpu), make integer operators that do not take fp8.
+    onnx.TensorProto.FLOAT8E4M3FN: ("ReluQuantRewrite", "QDQPropagationTransformer", "QDQSelectorActionTransformer"),
 }
 
 
@@ -28,7 +29,7 @@ def optimizers_left_out(path: Path) -> list[str]:
     types = {tensor.data_type for tensor in graph.initializer}
     types |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info]}
     types |= {attribute.i for node in graph.node if node.op_type == "Cast" for attribute in node.attribute}
-    return [optimizer for type_, optimizer in _FAULTY.items() if type_ in types]
+    return [optimizer for type_, optimizers in _FAULTY.items() if type_ in types for optimizer in optimizers]
 
 
 def provider_of(spec: DeploymentSpec) -> str:

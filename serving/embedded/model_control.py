@@ -23,7 +23,7 @@ Action = Literal["load", "unload"]
 
 
 def is_ready(url: str) -> bool:
-    """Whether the server at `host:port` has loaded all its models."""
+    """Whether the server at `host:port` has loaded its models; while it polls, whether it has started."""
     try:
         with _OPENER.open(f"http://{url}/v2/health/ready", timeout=1) as answer:
             return bool(answer.status == 200)
