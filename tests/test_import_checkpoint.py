@@ -234,6 +234,13 @@ def test_the_lowest_limit_of_the_length_counts(name: str, values: dict[str, int]
     assert Checkpoint.read(tmp_path, "auto").longest == longest
 
 
+def test_the_limit_of_sentence_transformers_replaces_that_of_the_tokenizer(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "bert")
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 48}')
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 24}')
+    assert Checkpoint.read(tmp_path, "auto").longest == 48
+
+
 def test_the_tokenizer_lower_cases_and_cuts_as_the_checkpoint_says_and_pads_on_the_right(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "some", "bert")
     path = tmp_path / "some" / "tokenizer.json"

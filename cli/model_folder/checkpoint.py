@@ -262,6 +262,7 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
         value = _optional(folder / name).get(key)
         if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
             found[name] = int(value)
+            break  # sentence-transformers sets the tokenizer's limit to its own
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
     return found
