@@ -35,6 +35,7 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.kubernetes import overlay
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
+from tests.add_one import write_add_one, write_for_gpu
 from tests.failing_servers import MakeRelays, Relay
 from tests.gateway import Gateway, skip_without_nginx
 from tests.manifests import VARIANTS
@@ -110,62 +111,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 # Tensors are passed by DLPack, for the reason in serving/backend/onnxruntime_backend.py.
-ADD_ONE = '''
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-
-class TritonPythonModel:
-    """y = x + 1, after parameters["delay_s"] seconds per batch."""
-
-    def initialize(self, args):
-        import json
-        parameters = json.loads(args["model_config"])["parameters"]
-        self.delay_s = float(parameters.get("delay_s", {}).get("string_value", 0))
-
-    def execute(self, requests):
-        import time
-        time.sleep(self.delay_s)
-        inputs = [np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "x")) for request in requests]
-        return [pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("y", x + 1)]) for x in inputs]
-'''
-ADD_ONE_CONFIG = """
-name: "{name}"
-backend: "python"
-max_batch_size: 8
-input {{ name: "x" data_type: TYPE_FP32 dims: [2, -1] }}
-output {{ name: "y" data_type: TYPE_FP32 dims: [2, -1] }}
-instance_group {{ kind: KIND_CPU count: {instances} }}
-dynamic_batching {{
-  default_queue_policy {{
-    max_queue_size: {queue} timeout_action: REJECT default_timeout_microseconds: 5000000 allow_timeout_override: true
-  }}
-}}
-parameters {{ key: "delay_s" value {{ string_value: "{delay_s}" }} }}
-"""
-TAKES_TEXTS = r"""
-parameters { key: "text" value { string_value: "{\"max_texts\": 8, \"max_bytes\": 100}" } }
-"""
-
-
-def write_add_one(
-    repository: Path, name: str = "add_one", *, delay_s: float = 0.0, queue: int = 64, instances: int = 2
-) -> None:
-    """Writes the model y = x + 1 over (batch, 2, any) floats."""
-    version = repository / name / "1"
-    version.mkdir(parents=True)
-    (version / "model.py").write_text(ADD_ONE)
-    settings = {"name": name, "delay_s": delay_s, "queue": queue, "instances": instances}
-    (repository / name / "config.pbtxt").write_text(ADD_ONE_CONFIG.format(**settings))
-
-
-def write_for_gpu(repository: Path) -> None:
-    """Writes `add_one` as an engine of TensorRT that takes texts, for commands that only read its configuration."""
-    write_add_one(repository)
-    config = repository / "add_one" / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"') + TAKES_TEXTS)
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """A Triton that serves `add_one`, and `slow` (0.2 s per batch, one instance, a queue of 2)."""

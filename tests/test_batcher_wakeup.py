@@ -13,7 +13,8 @@ import pytest
 
 from serving.embedded.batcher_wakeup import MISSING, library, preload
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 

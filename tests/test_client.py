@@ -31,7 +31,8 @@ from deepseek_client import (
 )
 
 from serving.embedded.serve import EmbeddedServer
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 from tests.failing_servers import Awaited, Client, Relay, X, answering, kinds, protocols, status, url_of
 from tests.gateway import wait_for
 

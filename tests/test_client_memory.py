@@ -30,7 +30,8 @@ from deepseek_client import (
 from deepseek_client.transport import Tensor
 
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 from tests.failing_servers import accepting, answering, grpc_answering, protocols, refuse, status, url_of
 from tests.gateway import wait_for
 

@@ -19,7 +19,8 @@ from deepseek.spec.files.read_env_file import CPU_FILES, GPU_FILES
 from deepseek.spec.machine.triton_release import TRITON_TAG
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
-from tests.conftest import RunHere, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import RunHere
 from tests.test_embedded import damage
 
 CPU = Machine(ram_bytes=16 << 30, onnxruntime=("CPUExecutionProvider",))

@@ -33,7 +33,8 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.embedded.model_control import is_ready
 from serving.embedded.ports import ReservedPorts
 from serving.embedded.serve import _started
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 from tests.gateway import free_port, wait_for
 
 

@@ -20,7 +20,8 @@ from deepseek.spec import GateFailed, InputError
 from serving.repository.archive import pack
 from serving.repository.fetch import fetch
 from serving.stack.certificate import ensure_certificate
-from tests.conftest import RunHere, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import RunHere
 
 
 class Store(ThreadingHTTPServer):

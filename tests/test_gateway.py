@@ -24,7 +24,8 @@ from tritonclient.utils import InferenceServerException
 from loadtests.load.traffic_file import read_traffic
 from serving.embedded.launcher import EmbeddedServer
 from serving.stack.api_keys import digest
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 from tests.failing_servers import Relay
 from tests.gateway import (
     INFER,

@@ -20,7 +20,8 @@ from tritonclient.utils import InferenceServerException
 
 from serving.embedded.flags import ADMIN_HEADER
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of, wait_for
 
 # ---- only inference, metadata and readiness ----------------------------------------------------

@@ -32,7 +32,7 @@ from serving.stack.api_keys import digest
 from serving.stack.certificate import ensure_certificate
 from serving.stack.gateway_limits import gateway_sizes, limits
 from serving.stack.server_sizes import OPENAI_MIB, REST_S, server_sizes
-from tests.conftest import write_add_one, write_for_gpu
+from tests.add_one import write_add_one, write_for_gpu
 from tests.manifests import build, check_schema, committed, container_of, find, pod_of
 from tests.test_alerts import ALL_FAIL, HEALTHY, MODEL, Case, at_the_end, check, check_fired, need_promtool
 from tests.test_stack import TEXT

@@ -27,7 +27,8 @@ from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, RunHere, run_module, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE, RunHere, run_module
 from tests.fake_kserve import grpc_serving
 from tests.gateway import wait_for
 from tests.saved_runs import load_settings

@@ -29,7 +29,8 @@ from export.stages.publish import publish_version
 from loadtests.search.capacity_result import ServerSettings
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.checks import read_config
-from tests.conftest import ADD_ONE, FREE, RunHere, run_stage
+from tests.add_one import ADD_ONE
+from tests.conftest import FREE, RunHere, run_stage
 from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter
 

@@ -28,7 +28,8 @@ from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import ServedModel, served_models
 from serving.stack.gateway_limits import limits
-from tests.conftest import FREE, RunHere, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE, RunHere
 from tests.gateway import Gateway, free_port, json_body, skip_without_nginx, wait_for
 from tests.test_onnxruntime_backend import write_fragile
 

@@ -23,7 +23,8 @@ from deepseek.spec import DeploymentSpec, InputError
 from export.publishing.backend_files import BACKEND_SOURCES
 from export.stages.publish import publish_version
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 from tests.gateway import wait_for
 
 

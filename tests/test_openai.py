@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator
 
 from serving.openai.metrics import Metrics
 from serving.openai.routes import BODY_BYTES
-from tests.conftest import write_add_one
+from tests.add_one import write_add_one
 from tests.test_embedded import Serving, start
 from tests.test_openapi import DOCUMENT
 from tests.test_text import MOST_TOKENS, ids_of

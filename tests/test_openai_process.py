@@ -25,7 +25,7 @@ from deepseek.spec.machine.open_files import MOST
 from serving.embedded.openai_process import OpenAIProcess
 from serving.embedded.serve import _Routes
 from serving.embedded.supervisor import MOST_TIMES
-from tests.conftest import write_add_one
+from tests.add_one import write_add_one
 from tests.gateway import free_port, wait_for
 from tests.test_embedded import start
 from tests.test_openai import Serving, call, serve

@@ -22,7 +22,8 @@ from deepseek.spec import DeploymentSpec
 from deepseek.spec.files.measured_batches import BatchingPlan
 from export.publishing.triton_config import config_text, model_config
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE
 from tests.failing_servers import grpc_answering, refuse
 from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter

@@ -35,7 +35,8 @@ from loadtests.profile.recording import (
 from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, run_module, write_add_one
+from tests.add_one import write_add_one
+from tests.conftest import FREE, run_module
 from tests.fake_endpoint import FakeEndpoint
 
 ROWS = [{"x": np.ones((1, 2, 3), np.float32)}]

@@ -26,7 +26,7 @@ from serving.embedded.model_control import is_ready
 from serving.release.candidate import Candidate
 from serving.release.journal import ReleaseJournal
 from serving.release.stack_server import StackServer, check_stack, needs_stack, stack_server
-from tests.conftest import write_add_one
+from tests.add_one import write_add_one
 from tests.test_tensorrt_container import program
 
 GPU_ENV = "COMPOSE_FILE=compose.yaml:docker/compose.gpu.yaml\n"

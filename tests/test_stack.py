@@ -27,7 +27,7 @@ from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import server_sizes
 from serving.stack.write_env_file import OWN
-from tests.conftest import TAKES_TEXTS, write_add_one, write_for_gpu
+from tests.add_one import TAKES_TEXTS, write_add_one, write_for_gpu
 from tests.failing_servers import sign_itself
 
 TEXT = ServedModel(

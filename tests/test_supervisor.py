@@ -24,7 +24,8 @@ from serving.embedded.model_control import ModelControl, is_ready
 from serving.embedded.serve import _serve
 from serving.embedded.server_process import ServerProcess
 from serving.embedded.stub_processes import LOOK_S
-from tests.conftest import ADD_ONE, FREE, write_add_one
+from tests.add_one import ADD_ONE, write_add_one
+from tests.conftest import FREE
 from tests.gateway import wait_for
 from tests.test_embedded import Said, said, start
 

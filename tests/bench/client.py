@@ -18,8 +18,8 @@ from tritonclient.grpc import aio as triton_grpc_aio
 from tritonclient.http import aio as triton_http_aio
 
 from export.rows import Row
+from tests.add_one import write_add_one
 from tests.bench.setting import Bench, on, seconds, url_of
-from tests.conftest import write_add_one
 
 MODEL = "recommender"
 TASKS = 16  # asynchronous calls in flight
