@@ -219,6 +219,21 @@ def test_an_embedding_is_pooled_as_the_checkpoint_says(
     torch.testing.assert_close(found[0], expected(vectors), atol=1e-5, rtol=0)
 
 
+def test_an_embedding_is_cut_to_truncate_dim_after_it_is_normalized(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "some", "bert")
+    write_modules(tmp_path / "some", MEAN, "Normalize")
+    inputs = torch.tensor([[1, 9, 17, 2]]), torch.ones(1, 4, dtype=torch.int64)
+    found = {}
+    for name, settings in (("whole", "{}"), ("cut", '{"truncate_dim": 8}')):
+        (tmp_path / "some" / "config_sentence_transformers.json").write_text(settings)
+        main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models"), "--name", name))
+        folder = ModelFolder(name, tmp_path / "models")
+        with torch.inference_mode():
+            (found[name],) = folder.load()(*inputs)
+        assert folder.spec.outputs["embedding"].shape == ("batch", found[name].shape[1])
+    torch.testing.assert_close(found["cut"], found["whole"][:, :8])
+
+
 @pytest.mark.parametrize(
     ("name", "values", "longest"),
     [

@@ -78,6 +78,8 @@ class Checkpoint:
     task: str
     width: int
     """Entries of an embedding."""
+    kept: int
+    """Entries that sentence-transformers keeps, its truncate_dim; 0: all."""
     labels: tuple[str, ...]
     """Names of the logits, in order; of no use for an encoder."""
     pooling: str
@@ -123,11 +125,14 @@ class Checkpoint:
         pooling, pooling_from = _pooling(folder, modules, bool(prompts))
         types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
         tokenizer = _tokenizer_config(inside / "tokenizer_config.json")
+        width = _number(inside / "config.json", config, "dim" if "dim" in config else "hidden_size")
+        kept = _number(folder / SENTENCE_SETTINGS, _optional(folder / SENTENCE_SETTINGS), "truncate_dim", 0)
         types &= "token_type_ids" in (tokenizer.get("model_input_names") or _usual_inputs(tokenizer))
         return cls(
             folder=inside,
             task=task,
-            width=_number(inside / "config.json", config, "dim" if "dim" in config else "hidden_size"),
+            width=min(kept or width, width),
+            kept=kept,
             labels=_labels(inside / "config.json", config),
             pooling=pooling,
             pooling_from=pooling_from,

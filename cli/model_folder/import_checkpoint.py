@@ -61,6 +61,7 @@ def _write_code(folder: Path, name: str, checkpoint: Checkpoint) -> None:
         "encoder.py": {
             'POOLING = "mean"': f'POOLING = "{checkpoint.pooling}"',
             "NORMALIZED = False": f"NORMALIZED = {checkpoint.normalized}",
+            "SIZE = None": f"SIZE = {checkpoint.kept or None}",
         },
         "classifier.py": {"ForSequenceClassification": HEADS[checkpoint.task] or "ForSequenceClassification"},
         "texts.py": {
@@ -121,6 +122,7 @@ def _toml(text: str) -> str:
 def _output(checkpoint: Checkpoint) -> str:
     if checkpoint.task == "encoder":
         comment = f"{checkpoint.pooling} of the vectors of the tokens{', of length 1' if checkpoint.normalized else ''}"
+        comment += ", cut to truncate_dim" if checkpoint.kept else ""
         return f'[outputs.embedding]         # {comment}\ndtype = "float32"\nshape = ["batch", {checkpoint.width}]'
     count = len(checkpoint.labels)
     axes = '"batch", "sequence"' if checkpoint.task == "token-classifier" else '"batch"'

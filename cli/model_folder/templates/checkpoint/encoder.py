@@ -17,6 +17,7 @@ from .texts import samples
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 POOLING = "mean"  # of the vectors of the tokens: "mean", "max", or "cls" for the first one
 NORMALIZED = False  # True divides each embedding by its length
+SIZE = None  # how many numbers of each embedding are kept, the first ones; None: all
 
 __all__ = ["load", "samples"]
 
@@ -32,7 +33,8 @@ class Encoder(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         vectors = self.transformer(**inputs, return_dict=True).last_hidden_state  # (B, L, D)
         embedding = pooled(vectors, attention_mask.unsqueeze(-1).to(vectors.dtype))
-        return nn.functional.normalize(embedding, dim=-1) if NORMALIZED else embedding
+        embedding = nn.functional.normalize(embedding, dim=-1) if NORMALIZED else embedding
+        return embedding[:, :SIZE]
 
 
 def pooled(vectors: Tensor, mask: Tensor) -> Tensor:
