@@ -11,7 +11,7 @@ import pytest
 from export.precision.cpu.biases import with_scales_for_biases
 from export.precision.cpu.pairs import with_unsigned_activations
 from export.precision.cpu.products import with_biases_inside
-from export.precision.qdq import with_8_bit_weights
+from export.precision.qdq import use_one_scale_a_tensor, with_8_bit_weights
 from tests.test_cpu_pairs import optimized, pair, steps
 from tests.test_cpu_products import run, wide
 
@@ -40,6 +40,7 @@ def graph(nodes: str, *, shape: str, weights: tuple[int, ...], axis: int) -> onn
     return model
 
 
+@pytest.mark.parametrize("one_scale", [False, True])
 @pytest.mark.parametrize(
     ("nodes", "settings"),
     [
@@ -50,8 +51,16 @@ def graph(nodes: str, *, shape: str, weights: tuple[int, ...], axis: int) -> onn
     ],
     ids=["convolution", "Gemm", "Gemm with a pair", "MatMul"],
 )
-def test_a_channel_with_weights_next_to_0_keeps_its_bias(tmp_path: Path, nodes: str, settings: dict) -> None:
+def test_a_channel_with_weights_next_to_0_keeps_its_bias(
+    tmp_path: Path, nodes: str, settings: dict, one_scale: bool
+) -> None:
     model = graph(nodes, **{"axis": 0, **settings})
+    if one_scale:  # for all channels, so all are next to 0
+        for tensor in model.graph.initializer:
+            if tensor.name in ("w", "scales"):
+                values = onnx.numpy_helper.to_array(tensor) * np.float32(1e-9)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        use_one_scale_a_tensor(model)
     x = steps(tuple(map(int, settings["shape"].split(","))))
     made = with_biases_inside(with_unsigned_activations(with_8_bit_weights(with_scales_for_biases(model))))
     onnx.checker.check_model(made, full_check=True)

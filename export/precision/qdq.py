@@ -219,7 +219,7 @@ def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | None = None) -> None:
-    """Gives these weights, or all, one scale each: the largest of the channels', since both are max |w| / 127."""
+    """Gives these weights, or all, one scale each: max |w| / 127. ModelOpt's scale of a channel of zeros is 1."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     chosen = set(tensors if weights is None else weights)
     for pair in quantized_names(model).values():
@@ -227,8 +227,9 @@ def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | No
             for axis in [attribute for attribute in node.attribute if attribute.name == "axis"]:
                 node.attribute.remove(axis)
             scale, zero = tensors[node.input[1]], tensors[node.input[2]]
-            largest = onnx.numpy_helper.to_array(scale).max()
-            scale.CopyFrom(onnx.numpy_helper.from_array(np.asarray(largest), scale.name))
+            scales, weight = (onnx.numpy_helper.to_array(tensors[name]) for name in (scale.name, pair[0].input[0]))
+            one = np.asarray(np.abs(weight).max() / 127 if weight.any() else scales.max(), scales.dtype)
+            scale.CopyFrom(onnx.numpy_helper.from_array(one, scale.name))
             bits = bytes(onnx.helper.tensor_dtype_to_np_dtype(zero.data_type).itemsize)
             zero.CopyFrom(onnx.helper.make_tensor(zero.name, zero.data_type, [], bits, raw=True))
 

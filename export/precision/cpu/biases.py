@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ import onnx
 from export.precision.cpu.pairs import readers_of
 from export.precision.qdq import COMPUTE_OPS, pair_before, producers_of
 
+Values = np.ndarray[Any, Any]
 _MOST_STEPS = 2**28  # twice as many behind a Relu, whose steps are half as large; the product needs room too
 _SMALLEST = 1e-20  # a scale of weights that are 0
 
@@ -44,13 +46,22 @@ def with_scales_for_biases(model: onnx.ModelProto) -> onnx.ModelProto:
         if not all(name in tensors for name in names):
             continue
         bias, weights, of_activation, scales = (onnx.numpy_helper.to_array(tensors[name]) for name in names)
-        axis = next((attribute.i for attribute in pair.attribute if attribute.name == "axis"), 1) % weights.ndim
-        used = weights.any(axis=tuple(each for each in range(weights.ndim) if each != axis))
-        if bias.shape == scales.shape == used.shape and np.isfinite(bias).all():
-            least = np.abs(bias) / (_MOST_STEPS * of_activation)
-            fitting = np.maximum(np.where(used, scales, _SMALLEST), least).astype(scales.dtype)
+        if bias.ndim == 1 and np.isfinite(bias).all():
+            fitting = _fitting(bias, weights, of_activation, scales, pair)
             tensors[names[-1]].CopyFrom(onnx.numpy_helper.from_array(fitting, names[-1]))
     return copy
+
+
+def _fitting(bias: Values, weights: Values, of_activation: Values, scales: Values, pair: onnx.NodeProto) -> Values:
+    """The scales of the weights, larger where the bias needs it: one for each channel, or one for all."""
+    axis = next((attribute.i for attribute in pair.attribute if attribute.name == "axis"), 1) % weights.ndim
+    used = weights.any(axis=tuple(each for each in range(weights.ndim) if each != axis))
+    least = np.abs(bias) / (_MOST_STEPS * of_activation)
+    if scales.ndim == 0:
+        used, least = used.any(), least.max()
+    if used.shape != scales.shape or least.shape != scales.shape:
+        return scales
+    return np.maximum(np.where(used, scales, _SMALLEST), least).astype(scales.dtype)
 
 
 def bias_of(
