@@ -105,6 +105,9 @@ def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> Non
     assert filled(read_inputs(path, MODEL, row=2), 2)["ids"].tolist() == [[2, 2, 2]] * 2
     with pytest.raises(InvalidInput, match="no row 3; it has rows 0 to 2"):
         read_inputs(path, MODEL, row=3)
+    np.savez(path, ids=np.zeros((0, 3), np.int64))
+    with pytest.raises(InvalidInput, match="no row 0; it has no rows"):
+        read_inputs(path, MODEL, row=0)
 
 
 def _npy(path: Path) -> None:

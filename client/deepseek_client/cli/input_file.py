@@ -93,7 +93,8 @@ def _picked(path: Path, arrays: dict[str, np.ndarray], row: int | None) -> dict[
 
 def _check_row(path: Path, row: int, count: int) -> None:
     if not 0 <= row < count:
-        raise InvalidInput(f"{path}: no row {row}; it has rows 0 to {count - 1}")
+        rows = f"rows 0 to {count - 1}" if count else "no rows"
+        raise InvalidInput(f"{path}: no row {row}; it has {rows}")
 
 
 def _exactly(where: str, value: Any, spec: TensorMetadata) -> np.ndarray:
