@@ -105,6 +105,15 @@ def test_the_drop_on_the_rows_that_judge_decides(
     assert read["held"] == ("inside" in told)
 
 
+def test_a_hopeless_precision_is_reported_with_the_rows_of_each_drop() -> None:
+    tried = [{"drop": 0.04, "high": 1}]
+    report = {"drop": 0.02, "max_drop": 0.01, "held": False, "tried": tried, "layers": [{}, {}]}
+    rows = {"rows": {"chosen_on": 24, "judged_on": 24}}
+    assert verdict(report | rows, "int8", "fp32").endswith(
+        "; at best 4.00% on 24 rows to choose by, with 1 of 2 layers kept fp32"
+    )
+
+
 @pytest.mark.parametrize(("needed", "tries"), [(1, 1), (2, 2), (5, 6), (9, 5)])
 def test_only_as_many_layers_stay_high_as_the_budget_needs(needed: int, tries: int) -> None:
     names = [f"layer{index}" for index in range(10)]

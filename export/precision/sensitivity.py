@@ -150,9 +150,9 @@ def verdict(report: dict[str, Any], precision: str, high: str) -> str:
     line = f"{precision} cannot meet the budget: drop {drop}, {allowed}"
     if report["tried"]:
         least = min(report["tried"], key=lambda each: math.inf if each["drop"] is None else each["drop"])
-        line += (
-            f"; at best {_percent(least['drop'])}, with {least['high']} of {len(report['layers'])} layers kept {high}"
-        )
+        rows = " on {chosen_on} rows to choose by".format(**report["rows"]) if "rows" in report else ""
+        kept = f"{least['high']} of {len(report['layers'])} layers kept {high}"
+        line += f"; at best {_percent(least['drop'])}{rows}, with {kept}"
     return line
 
 
