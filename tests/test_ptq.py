@@ -8,14 +8,17 @@ import numpy as np
 import onnx
 import pytest
 
+from deepseek.precisions import Precision
 from deepseek.quantization import QuantConfig
 from deepseek.spec import Axis
 from export.precision.calibration import Calibration
 from export.precision.ptq import qdq_from_onnx
-from export.precision.qdq import quantized_layers
+from export.precision.qdq import quantized_layers, use_one_scale_a_tensor, with_8_bit_weights
 
 
-def quantized(folder: Path, nodes: str, *, keep_high: tuple[str, ...] = ()) -> onnx.ModelProto:
+def quantized(
+    folder: Path, nodes: str, precision: Precision = "int8", *, keep_high: tuple[str, ...] = ()
+) -> onnx.ModelProto:
     """A graph from x (batch, 8) to y, with weights u (8, 32) and w (32, 32) and the bias b."""
     model = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
       g (float[batch, 8] x) => (float[batch, 32] y) {{ {nodes} }}""")
@@ -28,7 +31,7 @@ def quantized(folder: Path, nodes: str, *, keep_high: tuple[str, ...] = ()) -> o
     (folder / "max").mkdir()
     onnx.save(model, folder / "max" / "model.onnx")
     rows = [{"x": random.standard_normal((1, 8)).astype(np.float32)} for _ in range(4)]
-    config = QuantConfig.of_precision("int8", calibration_method="max", high_precision="fp32", keep_high=keep_high)
+    config = QuantConfig.of_precision(precision, calibration_method="max", high_precision="fp32", keep_high=keep_high)
     return qdq_from_onnx(folder / "max" / "model.onnx", config, Calibration(rows, Axis(min=1, opt=4, max=4)))
 
 
@@ -47,3 +50,12 @@ def test_the_factor_of_a_bias_stays(tmp_path: Path) -> None:
     (gemm,) = [node for node in model.graph.node if node.name == "y"]
     found = {attribute.name: attribute.f for attribute in gemm.attribute}
     assert (found["alpha"], found["beta"]) == (2, pytest.approx(0.5))
+
+
+@pytest.mark.parametrize(("precision", "largest"), [("int8", 127), ("fp8", 448)])
+def test_one_scale_uses_the_whole_range_of_the_type(tmp_path: Path, precision: Precision, largest: int) -> None:
+    model = quantized(tmp_path, "linear = Gemm (x, u, b) y = Gemm (linear, w, b)", precision)
+    use_one_scale_a_tensor(model)
+    tensors = {tensor.name: tensor for tensor in with_8_bit_weights(model).graph.initializer}
+    stored = onnx.numpy_helper.to_array(tensors["w_QuantizeLinear_Output"]).astype(np.float32)
+    assert np.abs(stored).max() == largest

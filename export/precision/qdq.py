@@ -21,6 +21,7 @@ from export.graphs.graph_file import tensor_bytes
 
 COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
 CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and its layer
+_FP8_LARGEST = 448
 _WORTH_SHARING_BYTES = 256
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _FLOAT_TYPES: dict[int, str] = {
@@ -219,7 +220,7 @@ def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | None = None) -> None:
-    """Gives these weights, or all, one scale each: max |w| / 127. ModelOpt's scale of a channel of zeros is 1."""
+    """Gives these weights, or all, one scale each: that of the largest magnitude. ModelOpt's for a channel of zeros is 1."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     chosen = set(tensors if weights is None else weights)
     for pair in quantized_names(model).values():
@@ -228,7 +229,8 @@ def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | No
                 node.attribute.remove(axis)
             scale, zero = tensors[node.input[1]], tensors[node.input[2]]
             scales, weight = (onnx.numpy_helper.to_array(tensors[name]) for name in (scale.name, pair[0].input[0]))
-            one = np.asarray(np.abs(weight).max() / 127 if weight.any() else scales.max(), scales.dtype)
+            steps = _FP8_LARGEST if zero.data_type == onnx.TensorProto.FLOAT8E4M3FN else 127
+            one = np.asarray(np.abs(weight).max() / steps if weight.any() else scales.max(), scales.dtype)
             scale.CopyFrom(onnx.numpy_helper.from_array(one, scale.name))
             bits = bytes(onnx.helper.tensor_dtype_to_np_dtype(zero.data_type).itemsize)
             zero.CopyFrom(onnx.helper.make_tensor(zero.name, zero.data_type, [], bits, raw=True))
@@ -262,7 +264,7 @@ def _quantized(
         steps = steps.reshape([-1 if place == axis % wide.ndim else 1 for place in range(wide.ndim)])
     dtype = onnx.helper.tensor_dtype_to_np_dtype(zero.data_type)
     if zero.data_type == onnx.TensorProto.FLOAT8E4M3FN:
-        return np.clip(wide / steps, -448, 448).astype(dtype)
+        return np.clip(wide / steps, -_FP8_LARGEST, _FP8_LARGEST).astype(dtype)
     return np.clip(np.rint(wide / steps), -128, 127).astype(dtype)
 
 
