@@ -220,7 +220,10 @@ def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | None = None) -> None:
-    """Gives these weights, or all, one scale each: that of the largest magnitude. ModelOpt's for a channel of zeros is 1."""
+    """Gives these weights, or all, one scale each: that of the largest magnitude.
+
+    It is not always the largest of the channels' scales, because ModelOpt's scale of a channel of zeros is 1.
+    """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     chosen = set(tensors if weights is None else weights)
     for pair in quantized_names(model).values():
