@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 from deepseek_client import InferenceClient
@@ -31,11 +32,13 @@ def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: 
     (goes / "config.pbtxt").write_text((goes / "config.pbtxt").read_text().replace('"tiny"', '"goes"'))
     with (goes / "1" / "model.py").open("a") as code:
         code.write(FINALIZE.format(go=tmp_path / "go"))
-    with EmbeddedServer(repository, **FREE, poll_s=0.2) as server, InferenceClient(server.grpc_url, "grpc") as client:
-        shutil.rmtree(goes)
+    with EmbeddedServer(repository, **FREE) as server, InferenceClient(server.grpc_url, "grpc") as client:
+        unload = threading.Thread(target=server._control.change, args=("goes", "unload"))
+        unload.start()
         wait_for(lambda: not client.ready())
         inputs = str(tmp_path / "inputs.npz")
         settings = load_settings(url=server.grpc_url, inputs=inputs, rate_rps=10.0, duration_s=1.0)
         assert check(settings, DeploymentSpec.load(tmp_path / "models" / "tiny")).versions == ("1",)
         assert not client.ready()  # it still unloads: the checks met that state
         (tmp_path / "go").touch()
+        unload.join()

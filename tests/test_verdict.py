@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cli.main import main as command_line
-from deepseek.spec import SloSpec
+from deepseek.spec import SloSpec, variables_for
 from deepseek.spec.objectives import formatted
 from loadtests.slo.judge import judge, overall
 from loadtests.slo.objectives import SloStatus
@@ -219,7 +219,8 @@ def test_each_objective_is_judged_at_its_own_rate(tmp_path: Path) -> None:
     found = {each.name: (each.status, each.note) for each in judge(run, slo).objectives}
     assert found["p50_ms @ 100 rps"][0] == "holds"
     assert found["p50_ms @ 200 rps"][0] == "violated"
-    assert found["throughput @ 50 rps"] == ("inconclusive", "measured at 100, 200/s; make loadtest MODEL=tiny RATE=50")
+    note = f"measured at 100, 200/s; make loadtest {variables_for('tiny')} RATE=50"
+    assert found["throughput @ 50 rps"] == ("inconclusive", note)
     part = judge(saved_run(tmp_path, slow, mix="tiny:3,text:1", rate_rps=None, shape="100x5, 200x5"), slo)
     assert part.objectives[-1].note == "measured at 100, 200/s; make loadtest MIX=tiny:3,text:1, with 50/s for tiny"
 
@@ -228,7 +229,8 @@ def test_several_rates_without_the_slos_own_are_inconclusive(tmp_path: Path) -> 
     run = saved_run(tmp_path, steady(count=1500), rate_rps=None, shape="100x5, 200x5")
     judgement = judge(run, SloSpec(p99_ms=50, rate_rps=150))
     assert judgement.verdict == "inconclusive"
-    assert {each.note for each in judgement.objectives} == {"measured at 100, 200/s; make loadtest MODEL=tiny RATE=150"}
+    note = f"measured at 100, 200/s; make loadtest {variables_for('tiny')} RATE=150"
+    assert {each.note for each in judgement.objectives} == {note}
     whole = judge(run, SloSpec(p95_ms=50, max_error_rate=1, confidence=0.9))  # an SLO without a rate: the whole run
     assert whole.verdict == "holds"
 
