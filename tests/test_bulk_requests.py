@@ -202,5 +202,5 @@ def test_a_refused_bulk_request_did_not_run_and_is_counted(tmp_path: Path) -> No
         refused = [error for error in errors if error]
         assert all(isinstance(error, ServerBusy) and error.did_not_run for error in refused)
         assert all(any(errors[protocol::2]) for protocol in range(2))
-        series = 'onnxruntime_inference_request_failure{model="slow",reason="REJECTED",version="1"}'
+        series = 'onnxruntime_inference_request_failure{model="slow",reason="REJECTED_BULK",version="1"}'
         assert counter(server, series) == len(refused)

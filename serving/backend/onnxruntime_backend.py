@@ -114,7 +114,8 @@ class TritonPythonModel:
         if policy := batching.get("priority_queue_policy", {}).get(_BULK):
             most_rows = max(batching.get("preferred_batch_size") or [config["max_batch_size"]])
             texts = {each["name"] for each in config["input"] if each["data_type"] == "TYPE_STRING"}
-            self.count_refused = _counts(_FAILURES, args, reason="REJECTED")  # as Triton counts those of its queue
+            # Not REJECTED: rules add this metric to Triton's, and no two series may have the same labels.
+            self.count_refused = _counts(_FAILURES, args, reason="REJECTED_BULK")
             self.bulk = BulkRequests(policy, most_rows, texts, self._answer_bulk, self._refuse_bulk)
 
     def _use_engine(self, name: str) -> None:

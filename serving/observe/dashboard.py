@@ -155,8 +155,8 @@ def _triton() -> list[Panel]:
             "Failures by reason",
             "reqps",
             {"{{model}} {{reason}}": _rate("", "model, reason", FAILURES, MODEL)},
-            description="REJECTED: full queue or queue time-out. CANCELED: the caller gave up. INTERNAL: ONNX Runtime "
-            "failed. BACKEND: another backend failed, or the model's process died.",
+            description="REJECTED, REJECTED_BULK: full queue or queue time-out. CANCELED: the caller gave up. "
+            "INTERNAL: ONNX Runtime failed. BACKEND: another backend failed, or the model's process died.",
         ),
         _panel(
             "Versions served",
