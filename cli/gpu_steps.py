@@ -37,7 +37,7 @@ class GpuStep:
     limit_s: int
     needs: tuple[str, ...] = ()
     needs_one_of: tuple[str, ...] = ()
-    """Earlier steps of which one must have passed."""
+    """At least one of these earlier steps must have passed."""
     claim: str = ""
     """The guide's claim; the step's output has the figure."""
 

@@ -220,7 +220,7 @@ def _read_instead(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 
 def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | None = None) -> None:
-    """Gives these weights, or all, one scale each: that of the largest magnitude.
+    """Gives these weights, or all, one scale each, from the largest magnitude.
 
     It is not always the largest of the channels' scales, because ModelOpt's scale of a channel of zeros is 1.
     """
