@@ -108,7 +108,10 @@ def test_json_has_the_whole_plan_with_null_for_what_is_impossible(plan: Run) -> 
         (["--layers", f"{10**20}", *SIZES[2:]], "a whole number, 1 to 1,000,000,000, is needed"),
         ([*SIZES, "--rate", "14", "--capacity", "nowhere.json"], "nowhere.json: cannot be read"),
         ([*SIZES, "--capacity", "nowhere.json"], "--capacity: only with --rate, which adds replicas and cost"),
-        ([*SIZES, "--rate", "5", "--price", "1"], "--price: the machine of make capacity costs this, but it has no result"),
+        (
+            [*SIZES, "--rate", "5", "--price", "1"],
+            "--price: the machine of make capacity costs this, but it has no result",
+        ),
         ([*SIZES, "--disk-mb-s", "0"], "--disk-mb-s: seen '0'; a number, 1e-6 to 1e12, is needed"),
         (["--onnx", "README.md"], "README.md: not an ONNX file"),
         (["--onnx", "nowhere.onnx"], "nowhere.onnx: cannot be read"),

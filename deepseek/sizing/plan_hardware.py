@@ -123,7 +123,7 @@ def _request(options: argparse.Namespace, length: int, batch: int, most_batch: i
         capacity = found
     if options.price is not None and capacity is None:
         raise InputError(
-            "--price: the machine of make capacity costs this, but it has no result; run make capacity, or give --capacity"
+            "--price: the machine of make capacity costs this, but it has no result; run it, or give --capacity"
         )
     demand = None
     if options.rate is not None:
