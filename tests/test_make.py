@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from cli.commands import BY_NAME, COMMANDS
+from cli.commands import COMMANDS
 from cli.table import HIDDEN
 
 TARGETS = re.findall(
     r"\S+",
-    """demo engine doctor serve infer compare parity metadata release retrain rollback releases keys stack loadtest
-    verdict capacity compare-runs regression tune report profile simulate-scale kubernetes plan setup check-engine
+    """demo engine doctor serve infer parity metadata release retrain rollback releases keys stack loadtest
+    verdict capacity regression tune report profile simulate-scale kubernetes plan setup check-engine
     test lint measure-training measure-failure bench lock clean clean-cache distclean help help-all check test-all
     new""",
 )
@@ -62,13 +62,12 @@ def test_help_lists_every_target_with_its_variables_and_each_has_a_page() -> Non
     assert "\n  EXPIRES_DAYS=N " in make("help-keys").stdout
 
 
-def test_former_targets_and_variables_still_work() -> None:
+def test_targets_and_variables_exist() -> None:
     run = make("--dry-run", *TARGETS)
     assert run.returncode == 0, run.stderr
     known = {option.variable_name for command in COMMANDS for option in command.options}
     known |= {command.flags_variable for command in COMMANDS}
     assert set(VARIABLES) <= known
-    assert {BY_NAME[name].name for name in ("compare", "compare-runs")} == {"parity", "regression"}
 
 
 @pytest.fixture
@@ -153,11 +152,6 @@ def test_distclean_finds_what_was_built_and_keeps_sources_and_the_users_files(tm
     assert run.returncode == 0, run.stderr
     kept = {"text", "1", "config.pbtxt"} if repository == "nosuch" else set()
     assert {path.name for path in tmp_path.rglob("*")} == {"build", "repository", "notes", "README.md", ".env"} | kept
-
-
-def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callable[..., list[str]]) -> None:
-    assert called("compare")[-1] == "-m cli --make parity"
-    assert called("compare-runs")[-1] == "-m cli --make regression"
 
 
 @pytest.mark.parametrize(

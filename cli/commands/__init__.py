@@ -37,4 +37,4 @@ _BY_GROUP: dict[str, tuple[Command, ...]] = {
     "Inside": (*composed.INSIDE, *build.INSIDE, *serve.INSIDE, *measure.INSIDE, *inside.ROWS),
 }
 COMMANDS = tuple(replace(row, group=group) for group, rows in _BY_GROUP.items() for row in rows)
-BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
+BY_NAME = {command.name: command for command in COMMANDS}
