@@ -165,9 +165,9 @@ def test_the_options_of_deploy_toml_go_into_the_manifest(built: Path, tmp_path: 
     assert (settings["optimization_level"], settings["workspace_mib"]) == (1, 64)
 
 
-def layer(kind: str, first: str, **more: Any) -> dict[str, Any]:
-    """One layer of the inspector's JSON with ProfilingVerbosity.DETAILED."""
-    return {"Name": "a", "LayerType": kind, "Inputs": [{"Name": "x", "Format/Datatype": first}], **more}
+def layer(kind: str, first: str, key: str = "Format/Datatype", **more: Any) -> dict[str, Any]:
+    """One layer of the inspector's JSON with ProfilingVerbosity.DETAILED, as TensorRT 10 writes it."""
+    return {"Name": "a", "LayerType": kind, "Inputs": [{"Name": "x", key: first}], **more}
 
 
 ATTENTION = [
@@ -181,17 +181,33 @@ ATTENTION = [
 ]
 
 
+# TensorRT 11 has the type and the format of a tensor apart, and constants apart from the inputs.
+ATTENTION_11 = [
+    layer("CaskConvolution", "Int8", "Datatype"),
+    layer("gemm", "Float8", "Datatype", Constants=[{"Name": "w", "Datatype": "Float8"}]),
+    layer("gemm", "Half", "Datatype", Constants=[{"Name": "b", "Datatype": "Half"}, {"Name": "w", "Datatype": "Int8"}]),
+    layer("kgen", "Float", "Datatype"),
+    layer("gemm", "Float", "Datatype", Constants=None),
+]
+
+
 def test_the_inspectors_layers_are_counted_by_type() -> None:
     assert compute_layers(ATTENTION) == {"int8": 2, "int8_weights": 1, "fp16": 1, "bf16": 1}
+    assert compute_layers(ATTENTION_11) == {"int8": 1, "fp8": 1, "int8_weights": 1, "fp32": 1}
 
 
 @pytest.mark.parametrize(
     ("layers", "note", "why"),
     [
         ([], "the engine cannot be loaded here", "the engine cannot be loaded here"),
-        ([], "", "the engine shows 0 of 5 compute layers"),
-        ([layer("Myelin", "Half"), "a layer by name only"], "", "the engine shows 0 of 5 compute layers"),
-        (ATTENTION[:3], "", "the engine shows 2 of 5 compute layers"),
+        ([], "", "the engine shows the types of 0 of 5 compute layers"),
+        ([layer("Myelin", "Half"), "a layer by name only"], "", "the engine shows the types of 0 of 5 compute layers"),
+        (ATTENTION[:3], "", "the engine shows the types of 2 of 5 compute layers"),
+        (
+            [layer("gemm", "Half", "Type of a later TensorRT")] * 5,
+            "",
+            "the engine shows the types of 0 of 5 compute layers",
+        ),
     ],
 )
 def test_if_the_engine_shows_too_little_the_network_is_read_and_the_report_says_why(

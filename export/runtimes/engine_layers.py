@@ -15,10 +15,10 @@ from typing import Any
 
 # Types of layers in the inspector's JSON: convolutions, matrix products, and fused attention, which holds two of them.
 _COMPUTE = re.compile(r"conv|gemm|matrixmultiply|matmul|fullyconnected|mha|attention", re.IGNORECASE)
-# Words of its "Format/Datatype", in this order: BFloat16 contains Float.
+# Words of a tensor's type, in this order: BFloat16 contains Float.
 _TYPES = {
     "int8": ("int8",),
-    "fp8": ("fp8", "e4m3"),
+    "fp8": ("fp8", "float8", "e4m3"),
     "bf16": ("bf16", "bfloat16"),
     "fp16": ("half", "fp16", "float16"),
     "fp32": ("float", "fp32"),
@@ -32,8 +32,9 @@ def found_layers(trt: Any, network: Any, plan: bytes, shapes: Mapping[str, tuple
     found = {**network_layers(trt, network), "read_from": "network"}
     layers, note = _inspected(trt, plan, shapes)
     counts = compute_layers(layers)
-    if not note and sum(counts.values()) < LEAST_SHOWN * sum(found["compute_layers"].values()):
-        note = f"the engine shows {sum(counts.values())} of {sum(found['compute_layers'].values())} compute layers"
+    shown, expected = sum(counts.values()) - counts["other"], sum(found["compute_layers"].values())
+    if not note and shown < LEAST_SHOWN * expected:
+        note = f"the engine shows the types of {shown} of {expected} compute layers"
     if note:
         return {**found, "note": note}
     return {"compute_layers": dict(counts), "layers": len(layers), "read_from": "engine"}
@@ -68,11 +69,17 @@ def compute_layers(layers: list[Any]) -> Counter[str]:
 
 def _engine_type(layer: dict[str, Any]) -> str:
     """The type of the first input; `int8_weights` if only the weights have another, smaller type."""
-    inputs = [each for each in layer.get("Inputs", ()) if isinstance(each, dict)]
-    first = _type_of(inputs[0].get("Format/Datatype") if inputs else "")
+    first = next(iter(_tensor_types(layer, "Inputs")), "other")
     weights = layer.get("Weights")
-    stored = _type_of(weights.get("Type")) if isinstance(weights, dict) else first
-    return f"{stored}_weights" if stored in ("int8", "fp8") and first not in ("int8", "fp8") else first
+    stored = {*_tensor_types(layer, "Constants"), _type_of(weights.get("Type")) if isinstance(weights, dict) else first}
+    narrow = next((name for name in ("int8", "fp8") if name in stored), "")
+    return f"{narrow}_weights" if narrow and first not in ("int8", "fp8") else first
+
+
+def _tensor_types(layer: dict[str, Any], field: str) -> list[str]:
+    """The types of a layer's tensors: TensorRT 11 tells them as "Datatype", 10 together with the format."""
+    tensors = [each for each in layer.get(field) or () if isinstance(each, dict)]
+    return [_type_of(each.get("Datatype") or each.get("Format/Datatype")) for each in tensors]
 
 
 def _type_of(text: object) -> str:

@@ -106,8 +106,8 @@ def types(model):
         {
             "Name": layer.outputs[0].name,
             "LayerType": "conv" if layer.type != LayerType.MATRIX_MULTIPLY else "gemm",
-            "Inputs": [{"Format/Datatype": f"Row major linear {kernel_type(layer.inputs[0])} format"}],
-            "Weights": {"Type": kernel_type(layer.inputs[1])},
+            "Inputs": [{"Name": layer.inputs[0].name, "Format": "Linear", "Datatype": kernel_type(layer.inputs[0])}],
+            "Constants": [{"Name": layer.inputs[1].name, "Datatype": kernel_type(layer.inputs[1])}],
         }
         for layer in network.layers
         if layer.type in COMPUTE
