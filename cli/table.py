@@ -16,9 +16,9 @@ GROUPS = {
     "Plan": "estimate hardware and cost before you build",
     "Develop": "lint, types, tests and benchmarks of this repository",
     "Stages": "the steps of a build, one at a time",
-    "Inside": "called by other commands, images and manifests",
+    "Internal": "called by other commands, images and manifests",
 }
-HIDDEN = ("Stages", "Inside")
+HIDDEN = ("Stages", "Internal")
 """Groups listed only by `deepseek --all`."""
 
 

@@ -28,7 +28,7 @@ from export.cache import STAGE_KEYS, limit_bytes, predicted
 from export.dependencies.digests import RememberedDigests
 from export.dependencies.requirements import install
 from export.pipeline import Stage, graph_stages, publish_stage, stack_stage, stages_of
-from export.plan import Plan, plan_of
+from export.plan import Plan, build_plan_of
 from export.stage_inputs import StageInputs, key_of, named
 
 INSIDE = "/opt/export/bin/python"  # of the export image
@@ -191,7 +191,7 @@ def _change(name: str, before: str | None, now: str | None) -> str:
 
 def build(options: argparse.Namespace, publish: bool = True) -> Plan:
     """Builds what `options` ask for, through precision selection; with `publish`, also into the repository."""
-    plan = plan_of(options)
+    plan = build_plan_of(options)
     if publish and plan.not_tensorrt:
         print(f"engine    target {plan.target}, not tensorrt: {plan.not_tensorrt}", flush=True)
     limit_bytes()  # a wrong size ends the build before its first stage
@@ -232,7 +232,7 @@ def _drop_pruned(plan: Plan) -> None:
 
 def main(options: argparse.Namespace) -> None:
     if options.explain:
-        plan = plan_of(options)
+        plan = build_plan_of(options)
         Builder(plan).explain([*stages_of(plan), *published_stages(plan, options)])
         return
     plan = build(options)

@@ -1,7 +1,7 @@
 """The plan of a build, with every `auto` resolved: target, precisions, container.
 
 Example:
-    plan = plan_of(options)     # raises InputError if this machine cannot build it
+    plan = build_plan_of(options)     # raises InputError if this machine cannot build it
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def compiler_of(native: bool, triton_tag: str) -> Compiler:
     return "native" if native else "container"
 
 
-def plan_of(options: argparse.Namespace) -> Plan:
+def build_plan_of(options: argparse.Namespace) -> Plan:
     """The plan that options ask for; raises InputError if this machine cannot build it."""
     spec = DeploymentSpec.of_model(options.model, options.models)
     tag = options.triton_tag or TRITON_TAG

@@ -43,7 +43,7 @@ def test_explain_names_the_input_and_builds_nothing(
 
 
 def test_explain_reports_what_comes_from_the_cache(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    builder = build.Builder(build.plan_of(options_of(tiny)))
+    builder = build.Builder(build.build_plan_of(options_of(tiny)))
     train, to_onnx = list(build.stages_of(builder.plan))[:2]
     files = tiny / "made"
     files.mkdir()
@@ -96,7 +96,7 @@ def test_check_engine_keeps_data_and_pruning_of_the_last_build(engine: Run, tiny
     clicks = tiny / "clicks.csv"
     clicks.write_text("1,2,3")
     engine(prune=0.25, data=str(clicks))
-    build.build_graphs(build.plan_of(options_of(tiny, target="tensorrt_rtx")), ["int8"])
+    build.build_graphs(build.build_plan_of(options_of(tiny, target="tensorrt_rtx")), ["int8"])
     assert engine(prune=0.25, data=str(clicks)) == ["quantize int8", SELECT, MEASURE, "publish"]  # made for TensorRT
 
 

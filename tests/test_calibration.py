@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError
+from export.precision.activation_ranges import MOST_GROWTH, ActivationRanges, ranges_by_samples, would_more_help
 from export.precision.calibration import (
     Calibration,
     calibration_of,
@@ -20,7 +21,6 @@ from export.precision.calibration import (
     read_rows,
     stratified,
 )
-from export.precision.calibration_curve import MOST_GROWTH, ActivationRanges, ranges_by_samples, would_more_help
 
 IMAGE, TEXT = (DeploymentSpec.load(f"tests/models/{name}") for name in ("image", "text"))
 BATCH = Axis(min=1, opt=4, max=8)

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from export.precision.calibration_curve import with_ranges
+from export.precision.activation_ranges import with_ranges
 from export.precision.cpu.pairs import pair_convolution_outputs, with_unsigned_activations
 from export.precision.qdq import with_8_bit_weights, with_high
 

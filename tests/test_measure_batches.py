@@ -19,7 +19,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from deepseek.spec import DeploymentSpec, InputError, PublishedManifest, TextSpec
 from deepseek.spec.checks import checked
-from deepseek.spec.files.batching_plan import plan_of, tail_limit_ms
+from deepseek.spec.files.batching_plan import batching_of, tail_limit_ms
 from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path, read_measured
 from deepseek.spec.machine.cpu import Cpu, has_int8_dot_products, this_cpu
 from export.publishing.triton_config import model_config
@@ -72,11 +72,11 @@ def measured_as(times_ms: dict[int, float], **facts: Any) -> MeasuredBatches:
 def test_the_preferred_batch_is_the_smallest_that_keeps_the_throughput_and_fits_a_quarter_of_p99(
     times_ms: dict[int, float], p99_ms: float | None, batch: int | None
 ) -> None:
-    assert plan_of(spec_of(p99_ms=p99_ms), measured_as(times_ms)).preferred_batch == batch
+    assert batching_of(spec_of(p99_ms=p99_ms), measured_as(times_ms)).preferred_batch == batch
 
 
 def test_queue_and_timeout_follow_from_the_same_numbers_which_the_plan_states() -> None:
-    plan = plan_of(spec_of(), measured_as(ENCODER))
+    plan = batching_of(spec_of(), measured_as(ENCODER))
     assert (plan.queue_timeout_ms, plan.max_queue_size) == (140, 148)  # 200 - 2 x 30; 4 x 264/s x 0.14 s
     size = "batches of 4 take 30 ms and give 264 rows/s; the best of up to 50 ms (p99 / 4), of 4, give 264 rows/s"
     assert plan.reasons == {
@@ -90,34 +90,34 @@ def test_queue_and_timeout_follow_from_the_same_numbers_which_the_plan_states() 
 
 def test_a_short_batch_is_larger_as_each_costs_the_server_time_too() -> None:
     recommender = {1: 0.36, 2: 0.63, 4: 1.19, 8: 2.32, 16: 4.69, 32: 9.55, 64: 19.6}  # alone, 4 rows would be enough
-    assert plan_of(spec_of(p99_ms=80), measured_as(recommender)).run_rows == 16
+    assert batching_of(spec_of(p99_ms=80), measured_as(recommender)).run_rows == 16
 
 
 def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
     spec = spec_of().model_copy(update={"text": TextSpec(tokenizer="tokenizer.json")})
-    plan = plan_of(spec, measured_as(ENCODER))
+    plan = batching_of(spec, measured_as(ENCODER))
     assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 8, 140)  # 66.7 ms / 7.5; 200 - 2 x 30
     assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 66.7 ms (p99 / 3), at least 4"
-    assert plan_of(spec, measured_as({1: 60.0})).preferred_batch == 1
-    assert plan_of(spec, measured_as(ENCODER, at_once=1)).preferred_batch == 4  # two take turns: 15 ms a text
+    assert batching_of(spec, measured_as({1: 60.0})).preferred_batch == 1
+    assert batching_of(spec, measured_as(ENCODER, at_once=1)).preferred_batch == 4  # two take turns: 15 ms a text
     alone = spec.model_copy(update={"batching": spec.batching.model_copy(update={"instances": 1, "threads": 1})})
-    assert plan_of(alone, measured_as(ENCODER, instances=1, at_once=1)).preferred_batch == 6  # 200 ms / 4 / 7.5 ms
+    assert batching_of(alone, measured_as(ENCODER, instances=1, at_once=1)).preferred_batch == 6  # 200 ms / 4 / 7.5 ms
     by_hand = spec.model_copy(update={"batching": spec.batching.model_copy(update={"preferred_batch": 32})})
-    assert plan_of(by_hand, measured_as(ENCODER)).run_rows == 4
+    assert batching_of(by_hand, measured_as(ENCODER)).run_rows == 4
 
 
 def test_a_model_too_slow_for_its_slo_lets_a_request_wait_for_one_batch() -> None:
-    plan = plan_of(spec_of(), measured_as({1: 90.0}))
+    plan = batching_of(spec_of(), measured_as({1: 90.0}))
     assert (plan.preferred_batch, plan.queue_timeout_ms, plan.max_queue_size) == (1, 90, 128)
     assert plan.reasons["queue_timeout_ms"] == "one batch, 90 ms: p99 200 ms leaves less to wait"
 
 
 def test_values_set_by_hand_win() -> None:
     by_hand: dict[str, Any] = {"preferred_batch": 16, "queue_timeout_ms": 70, "max_queue_size": 9}
-    plan = plan_of(spec_of(**by_hand), measured_as(ENCODER))
+    plan = batching_of(spec_of(**by_hand), measured_as(ENCODER))
     assert plan.model_dump(include=set(by_hand)) == by_hand
     assert (set(plan.reasons.values()), plan.measured) == ({"set by hand"}, None)
-    plan = plan_of(spec_of(preferred_batch=2), measured_as(ENCODER))
+    plan = batching_of(spec_of(preferred_batch=2), measured_as(ENCODER))
     assert (plan.preferred_batch, plan.queue_timeout_ms) == (2, 168)
 
 
@@ -125,14 +125,14 @@ def test_values_set_by_hand_win() -> None:
     "other", [{"instances": 1}, {"threads": 2}, {"precision": "int8"}, {"times": (), "skipped": "on a GPU"}]
 )
 def test_a_measurement_of_another_layout_or_precision_is_not_used(other: dict[str, Any]) -> None:
-    plan = plan_of(spec_of(), measured_as(ENCODER, **other), "fp32")
+    plan = batching_of(spec_of(), measured_as(ENCODER, **other), "fp32")
     assert (plan.preferred_batch, plan.queue_timeout_ms, plan.max_queue_size) == (None, 100, 512)
     assert plan.measured is None
 
 
 def test_without_a_latency_in_the_slo_the_timeout_is_the_default_and_above_the_queue_delay() -> None:
-    assert plan_of(spec_of(p99_ms=None), None).queue_timeout_ms == 200
-    assert plan_of(spec_of(p99_ms=4, max_queue_delay_us=5000), None).queue_timeout_ms == 10
+    assert batching_of(spec_of(p99_ms=None), None).queue_timeout_ms == 200
+    assert batching_of(spec_of(p99_ms=4, max_queue_delay_us=5000), None).queue_timeout_ms == 10
 
 
 def test_the_limit_is_the_tail_or_else_the_strictest_latency() -> None:
@@ -142,7 +142,7 @@ def test_the_limit_is_the_tail_or_else_the_strictest_latency() -> None:
 
 
 def test_max_batch_also_limits_the_preferred_batch() -> None:
-    assert plan_of(spec_of(max_batch=8), measured_as(SMALL)).preferred_batch is None
+    assert batching_of(spec_of(max_batch=8), measured_as(SMALL)).preferred_batch is None
     facts = IMAGE.model_dump(mode="json", exclude_none=True)
     with pytest.raises(InputError, match=r"batching.preferred_batch: seen 16; allowed: 1 to 8, the largest batch"):
         checked(DeploymentSpec, {**facts, "batching": {"max_batch": 8, "preferred_batch": 16}}, "")

@@ -222,7 +222,7 @@ def test_an_slo_that_changes_no_configuration_still_rewrites_the_stack(
 
 def keys(folder: Path, stage: str) -> dict[str, str]:
     """The cache keys of a stage and of its parts."""
-    builder = build.Builder(build.plan_of(options_of(folder)))
+    builder = build.Builder(build.build_plan_of(options_of(folder)))
     return next(builder.keys(each) for each in build.stages_of(builder.plan) if each.name == stage)
 
 
@@ -248,7 +248,7 @@ def test_changing_the_accuracy_budget_neither_recalibrates_nor_remeasures(
 
 def test_only_candidates_may_fail_alone(tiny: Path) -> None:
     def alone(**changed: Any) -> list[str]:
-        of_plan = build.stages_of(build.plan_of(options_of(tiny, target="tensorrt_rtx", **changed)))
+        of_plan = build.stages_of(build.build_plan_of(options_of(tiny, target="tensorrt_rtx", **changed)))
         return [stage.name for stage in of_plan if "--candidate" in stage.command]
 
     assert alone() == [*GRAPHS, "to_tensorrt fp16", "to_tensorrt int8"]
@@ -298,7 +298,7 @@ def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_
     monkeypatch.setattr(pipeline, "accelerator", lambda: "A100")
     seen: dict[Target, dict[str, dict[str, str]]] = {"onnxruntime": {}, "torchscript": {}, "tensorrt_rtx": {}}
     for target, inputs in seen.items():
-        builder = build.Builder(plan.plan_of(options_of(tiny, target=target)))
+        builder = build.Builder(plan.build_plan_of(options_of(tiny, target=target)))
         for stage in build.stages_of(builder.plan):
             inputs[stage.name] = builder.inputs.of(stage)
             assert "quantize" not in stage.name or ("--target", target) in itertools.pairwise(stage.command)
@@ -317,5 +317,5 @@ def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_
 
 @pytest.mark.parametrize(("model", "file"), [("minilm", "tokenizer.json"), ("recommender", CATALOGUE)])
 def test_publishing_reads_the_tokenizer_or_the_catalogue(model: str, file: str, tiny: Path) -> None:
-    reads = build.publish_stage(plan.plan_of(options_of(tiny, model=model, models=Path("models")))).reads
+    reads = build.publish_stage(plan.build_plan_of(options_of(tiny, model=model, models=Path("models")))).reads
     assert [path.parent for path in reads if path.name == file] == [Path("models") / model, tiny / "build" / model]

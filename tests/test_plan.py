@@ -74,7 +74,7 @@ def test_a_build_with_the_auto_target_prints_why_it_is_not_for_tensorrt(
 def test_tensorrt_runs_in_the_container_inside_it_or_natively(
     tiny: Path, compiler: plan.Compiler, command: list[str]
 ) -> None:
-    asked = plan.plan_of(options_of(tiny, triton_tag="26.08"))
+    asked = plan.build_plan_of(options_of(tiny, triton_tag="26.08"))
     builder = build.Builder(replace(asked, target="tensorrt", compiler=compiler))
     stages = {stage.name: stage for stage in build.stages_of(builder.plan)}
     python = "/opt/export/bin/python" if compiler == "inside" else sys.executable
@@ -84,7 +84,7 @@ def test_tensorrt_runs_in_the_container_inside_it_or_natively(
 
 
 def test_an_engine_is_rebuilt_if_another_tensorrt_would_build_it(tiny: Path) -> None:
-    asked = plan.plan_of(options_of(tiny))
+    asked = plan.build_plan_of(options_of(tiny))
     found = set()
     cases: list[tuple[plan.Compiler, str]] = [("container", "26.10"), ("container", "26.11"), ("native", "26.10")]
     cases.append(("inside", "26.10"))
@@ -102,6 +102,6 @@ def test_only_an_engine_of_tensorrt_changes_the_release_of_the_stack(
     tiny: Path, compiler: plan.Compiler, given: str | None, named: str
 ) -> None:
     options = options_of(tiny, triton_tag=given)
-    asked = replace(plan.plan_of(options), compiler=compiler, triton_tag=named or "26.10")
+    asked = replace(plan.build_plan_of(options), compiler=compiler, triton_tag=named or "26.10")
     command = pipeline.stack_stage(asked, options).command
     assert command[command.index("--triton-tag") + 1 :][:1] == (named,) if named else "--triton-tag" not in command

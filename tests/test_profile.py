@@ -21,8 +21,7 @@ from cli.main import main as command_line
 from cli.main import values_of
 from deepseek.spec import InputError
 from loadtests.profile.profile import _server, wrapped_in_nsys
-from loadtests.profile.record import _send, trace
-from loadtests.profile.recording import (
+from loadtests.profile.profile_data import (
     CLOCKS_APART_NS,
     Call,
     GraphRun,
@@ -32,6 +31,7 @@ from loadtests.profile.recording import (
     read_runs,
     run_of,
 )
+from loadtests.profile.record import _send, trace
 from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded.launcher import EmbeddedServer

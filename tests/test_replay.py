@@ -15,7 +15,7 @@ import pytest
 
 from deepseek.spec import DeploymentSpec, InputError, SloSpec
 from loadtests.load import traffic_file
-from loadtests.load.replay import PLAN, plan_of, rows_in, with_replay
+from loadtests.load.replay import PLAN, replay_of, rows_in, with_replay
 from loadtests.load.traffic_file import read_traffic
 from loadtests.load.workers.sender import share_of
 from loadtests.report.run_tables import settings as settings_table
@@ -154,7 +154,7 @@ def planned(served: tuple[EmbeddedServer, Path], csv: str, protocol: Literal["gr
     about: dict[str, Any] = {"model": "cart", "models": "", "target": "onnxruntime", "protocol": protocol}
     url = server.grpc_url if protocol == "grpc" else server.http_url
     settings = LoadSettings(**about, url=url, inputs=str(folder / "build" / "cart" / "evaluation.npz"))
-    return plan_of(traffic, with_replay(settings, traffic, 1.0), spec)["row"].tolist()
+    return replay_of(traffic, with_replay(settings, traffic, 1.0), spec)["row"].tolist()
 
 
 def test_the_nearest_length_is_sent_and_equal_keys_send_equal_rows(served: tuple[EmbeddedServer, Path]) -> None:

@@ -20,7 +20,7 @@ from cli.main import main as command_line
 from deepseek.spec import SloSpec, variables_for
 from deepseek.spec.objectives import formatted
 from loadtests.slo.judge import judge, overall
-from loadtests.slo.objectives import SloStatus
+from loadtests.slo.judged_objectives import SloStatus
 from tests.saved_runs import Request, saved_run, steady
 
 SLO = SloSpec(p99_ms=50, rate_rps=100, max_error_rate=0.01)

@@ -68,7 +68,7 @@ def test_a_stage_reads_only_the_keys_of_deploy_toml_that_the_pipeline_declares(
     shutil.copytree(built / "build" / model, tmp_path / "build" / model)
     known = {"model": model, "models": Path("tests/models"), "prune": 0.25 if name == "prune" else None}
     known["target"] = "torchscript" if name == "to_torchscript" else "onnxruntime"
-    builder = build.Builder(build.plan_of(options_of(tmp_path, **known)))
+    builder = build.Builder(build.build_plan_of(options_of(tmp_path, **known)))
     stages = (*build.stages_of(builder.plan), build.publish_stage(builder.plan))
     stage = next(each for each in stages if each.name.startswith(name))
     command, *flags = builder.command(stage)[3:]

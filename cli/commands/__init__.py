@@ -21,7 +21,7 @@
 
 from dataclasses import replace
 
-from cli.commands import build, call, composed, develop, first_steps, inside, measure, plan, searches, serve
+from cli.commands import build, call, composed, develop, first_steps, internal, measure, plan, searches, serve
 from cli.table import Command
 
 _BY_GROUP: dict[str, tuple[Command, ...]] = {
@@ -34,7 +34,7 @@ _BY_GROUP: dict[str, tuple[Command, ...]] = {
     "Plan": plan.ROWS,
     "Develop": develop.ROWS,
     "Stages": build.STAGES,
-    "Inside": (*composed.INSIDE, *build.INSIDE, *serve.INSIDE, *measure.INSIDE, *inside.ROWS),
+    "Internal": (*composed.INTERNAL, *build.INTERNAL, *serve.INTERNAL, *measure.INTERNAL, *internal.ROWS),
 }
 COMMANDS = tuple(replace(row, group=group) for group, rows in _BY_GROUP.items() for row in rows)
 BY_NAME = {command.name: command for command in COMMANDS}

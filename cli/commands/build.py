@@ -216,7 +216,7 @@ STAGES = (
         ),
     ),
 )
-INSIDE = (
+INTERNAL = (
     Command(
         "tensorrt-container",
         "export.runtimes.tensorrt_container",

@@ -41,7 +41,7 @@ FIRST = (
         in_short_help=True,
     ),
 )
-INSIDE = (
+INTERNAL = (
     Command(
         "demo-steps",
         "cli.demo:steps",

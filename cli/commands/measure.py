@@ -143,7 +143,7 @@ ROWS = (
         notes="Exit codes: 0 traced, 2 bad input, 3 no request was traced.",
     ),
 )
-INSIDE = (
+INTERNAL = (
     Command(
         "shadow-load",
         "loadtests.release.shadow_load",

@@ -220,7 +220,7 @@ RELEASE_ROWS = (
         examples=("deepseek releases", "deepseek releases --model minilm --json"),
     ),
 )
-INSIDE = (
+INTERNAL = (
     Command(
         "fetch",
         "serving.repository.fetch",

@@ -22,8 +22,8 @@ from export.artifact import onnx_path
 from export.cache import fill, stage_key
 from export.graphs.graph_file import save_graph
 from export.model_folder import Predict
+from export.precision.activation_ranges import Points, ranges_by_samples, with_ranges
 from export.precision.calibration import Calibration
-from export.precision.calibration_curve import Points, ranges_by_samples, with_ranges
 from export.precision.cpu.biases import with_scales_for_biases
 from export.precision.cpu.pairs import pair_convolution_outputs, with_unsigned_activations
 from export.precision.cpu.products import (

@@ -19,9 +19,9 @@ from export.artifact import onnx_path
 from export.model_folder import ModelFolder
 from export.precision.accuracy import too_small
 from export.precision.accuracy_budget import Baseline, judged
+from export.precision.activation_ranges import calibration_curve, would_more_help
 from export.precision.calibrated_graph import UnpublishedGraphs, finished, kept_calibration
 from export.precision.calibration import Calibration, lengths_of, stratified
-from export.precision.calibration_curve import calibration_curve, would_more_help
 from export.precision.sensitivity import RANKING_ROWS, output_error, sensitivity_pass
 from export.rows import Row
 

@@ -21,7 +21,7 @@ from deepseek.spec import (
     TextSpec,
     histogram_bounds_ms,
 )
-from deepseek.spec.files.batching_plan import plan_of
+from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.measured_batches import BatchingPlan
 from deepseek.spec.text import OFFSETS, text_axis, token_outputs
 from deepseek.spec.vocabulary import HISTORY, MOST_NAMES, UNKNOWN, VOCABULARY, K
@@ -49,7 +49,7 @@ def model_config(
     items if callers send these.
     """
     spec = spec.for_target(target)
-    plan = plan or plan_of(spec, None, precision)
+    plan = plan or batching_of(spec, None, precision)
     config = ModelConfig(name=spec.name, max_batch_size=spec.max_served_batch)
     for tensors, added in ((spec.inputs, config.input), (spec.outputs, config.output)):
         for name, tensor in tensors.items():

@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import BATCH, DeploymentSpec, Precision, Target, build_dir
-from deepseek.spec.files.batching_plan import BATCHES_IN_LIMIT, plan_of, tail_limit_ms
+from deepseek.spec.files.batching_plan import BATCHES_IN_LIMIT, batching_of, tail_limit_ms
 from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path
 from deepseek.spec.machine.cpu import this_cpu
 from export.artifact import choice_of, engine_path, need, staged
@@ -144,7 +144,7 @@ def show(spec: DeploymentSpec, measured: MeasuredBatches, precision: Precision) 
         return
     curve = ", ".join(f"{point.rows}: {point.ms:.3g} ms" for point in measured.times)
     print(f"batches   {measured.at_once} at once, {measured.threads} thread(s) each; rows: time  {curve}")
-    plan = plan_of(spec, measured, precision)
+    plan = batching_of(spec, measured, precision)
     values = {**plan.model_dump(include={"queue_timeout_ms", "max_queue_size"})}
     joined = {key: getattr(plan, key) or spec.max_served_batch for key in ("run_rows", "preferred_batch")}
     for key, value in {**joined, **values}.items():

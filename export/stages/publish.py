@@ -36,7 +36,7 @@ from deepseek.spec import (
     variables_for,
 )
 from deepseek.spec.deployment import catalogue_of
-from deepseek.spec.files.batching_plan import plan_of
+from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.files.measured_batches import read_measured
 from deepseek.spec.files.released import last_fate, last_number
@@ -209,7 +209,7 @@ def _stage(
     vocabulary = _stage_vocabulary(folder, spec, graph) if spec.vocabulary_for(target) else None
     if vocabulary is not None and not front:
         _write_string(staged / "warmup" / f"{version}-{HISTORY}", vocabulary.names[1])
-    plan = plan_of(spec.for_target(target), read_measured(spec.name, target), precision)
+    plan = batching_of(spec.for_target(target), read_measured(spec.name, target), precision)
     built = read_manifest(engine)
     device, on_gpus = built.settings.get("device", "cpu"), []
     if target == "tensorrt":

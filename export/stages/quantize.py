@@ -39,9 +39,9 @@ from export.artifact import (
 from export.cache import put_in_place, refined, stage_key
 from export.graphs.graph_file import save_graph
 from export.model_folder import ModelFolder
+from export.precision.activation_ranges import MOST_GROWTH
 from export.precision.calibrated_graph import copied
 from export.precision.calibration import Calibration, NotFinite, calibration_of
-from export.precision.calibration_curve import MOST_GROWTH
 from export.precision.ptq import check_source, fp16_from_onnx
 from export.precision.qdq import COMPUTE_OPS, found_precision, share_equal_weights
 from export.precision.quantize_8bit import log, to_8_bits

@@ -23,11 +23,11 @@ from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, InvalidMeasurement, SloSpec
 from deepseek.spec.command import end_at_sigterm
-from loadtests.load.endpoint import endpoint_of, inputs_of
 from loadtests.load.inputs import count_rows
 from loadtests.load.measure import ModelLoad, measure_together, work_for
 from loadtests.load.preflight import check
-from loadtests.load.replay import plan_of, rows_in, with_replay
+from loadtests.load.replay import replay_of, rows_in, with_replay
+from loadtests.load.settings_from_options import inputs_of, settings_fields
 from loadtests.load.traffic_file import read_traffic
 from loadtests.load.until_decided import measure_until_decided, planned_looks
 from loadtests.percentiles import SUMMARY
@@ -176,7 +176,7 @@ def _settings(
         duration_s = sum(segment.duration_s for segment in segments_of(shape))
     own: dict[str, Any] = {"rate_rps": rate, "shape": shape, "users": args.users, "seed": args.seed}
     own["duration_s"] = duration_s
-    return LoadSettings(model=model, inputs=args.inputs or inputs_of(model), **own, **endpoint_of(args, *slos))
+    return LoadSettings(model=model, inputs=args.inputs or inputs_of(model), **own, **settings_fields(args, *slos))
 
 
 def _of_one(args: argparse.Namespace, spec: DeploymentSpec) -> LoadSettings:
@@ -210,7 +210,7 @@ def _of_replay(args: argparse.Namespace, specs: dict[str, DeploymentSpec]) -> li
     for place, (model, spec) in enumerate(specs.items()):
         own = replace(whole, model=model, inputs=inputs[model], seed=whole.seed + place, mix=mix)
         settings = with_replay(own, traffic, args.speed)
-        plan = plan_of(traffic, settings, spec)
+        plan = replay_of(traffic, settings, spec)
         loads.append(ModelLoad(settings=settings, spec=spec, served=check(settings, spec, rows_in(plan)), plan=plan))
     return loads
 

@@ -55,7 +55,7 @@ def with_replay(settings: LoadSettings, traffic: Traffic, speed: float) -> LoadS
     return replace(settings, replay=replay, duration_s=float(math.floor(last_s) + 1))
 
 
-def plan_of(traffic: Traffic, settings: LoadSettings, spec: DeploymentSpec) -> np.ndarray:
+def replay_of(traffic: Traffic, settings: LoadSettings, spec: DeploymentSpec) -> np.ndarray:
     """The plan of the model of the settings; InputError if it needs inputs that do not exist or fit."""
     assert settings.replay is not None
     requests = traffic.of(settings.model)

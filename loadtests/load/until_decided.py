@@ -25,7 +25,7 @@ from loadtests.load.measure import START_S, ModelLoad, measure
 from loadtests.results.run import Run, new_run, publish, runs_folder
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.judge import judge
-from loadtests.slo.objectives import JudgedObjective
+from loadtests.slo.judged_objectives import JudgedObjective
 
 Row = dict[str, Any]
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, build_dir
 from loadtests.profile import tables
-from loadtests.profile.recording import Recorded
+from loadtests.profile.profile_data import Recorded
 from loadtests.profile.timeline import timeline
 from loadtests.results.run import new_run, publish
 

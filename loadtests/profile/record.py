@@ -32,9 +32,9 @@ from tritonclient.utils import InferenceServerException
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.load.endpoint import inputs_of
 from loadtests.load.inputs import read_inputs
-from loadtests.profile.recording import Call, read_traces
+from loadtests.load.settings_from_options import inputs_of
+from loadtests.profile.profile_data import Call, read_traces
 from loadtests.results.settings import LoadSettings
 
 Protocol = Literal["grpc", "http"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from loadtests.profile.recording import PHASES, Call, GraphRun, Recorded
+from loadtests.profile.profile_data import PHASES, Call, GraphRun, Recorded
 
 NATIVE = ("threads without Python", "ONNX Runtime's pool, Triton's stub")
 MEANINGS = {

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from loadtests.profile.recording import Call, GraphRun, Recorded, Span, Trace
+from loadtests.profile.profile_data import Call, GraphRun, Recorded, Span, Trace
 
 CLIENT, TRITON, BACKENDS = 1, 2, 3  # process numbers of the timeline
 FIRST_THREAD = 101  # thread numbers are unique and differ from all process numbers

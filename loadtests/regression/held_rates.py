@@ -15,7 +15,7 @@ from loadtests.results.run import Run
 from loadtests.search.slo_at_rate import slo_at
 from loadtests.slo.generator_health import generator_problems
 from loadtests.slo.judge import judge
-from loadtests.slo.objectives import SloVerdict
+from loadtests.slo.judged_objectives import SloVerdict
 
 
 def step(run: Run, rate_rps: float) -> Run:

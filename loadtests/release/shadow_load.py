@@ -26,8 +26,8 @@ import numpy as np
 from deepseek_client import InferenceClient, InferenceError, InvalidInput, ServerBusy
 
 from deepseek.spec import BATCH, DeploymentSpec, ExitCode, GateFailed, InputError
-from loadtests.load.endpoint import inputs_of
 from loadtests.load.inputs import Row, read_inputs, shuffled
+from loadtests.load.settings_from_options import inputs_of
 from loadtests.slo.paired_intervals import paired_ratio
 
 BLOCKS = 20  # stretches of the run, so that a disturbance of the machine stays within one

@@ -26,9 +26,9 @@ from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.load.endpoint import inputs_of
 from loadtests.load.preflight import check
 from loadtests.load.request_log import RequestLog
+from loadtests.load.settings_from_options import inputs_of
 from loadtests.results.settings import LoadSettings
 
 DEFAULT_RPS, MOST_RPS = 50.0, 200.0

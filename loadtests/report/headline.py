@@ -14,7 +14,7 @@ from loadtests.report.page import sentence
 from loadtests.results.run import Run
 from loadtests.results.stretch import read_percentile, shown_percentile
 from loadtests.slo.judge import judge
-from loadtests.slo.objectives import JudgedObjective, SloStatus, SloVerdict
+from loadtests.slo.judged_objectives import JudgedObjective, SloStatus, SloVerdict
 
 HEADLINES = {
     "holds": "The SLO holds",

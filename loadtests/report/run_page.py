@@ -27,7 +27,7 @@ from loadtests.report.searches import capacity_card, tuning_card
 from loadtests.results.run import Run
 from loadtests.search.capacity_result import Capacity
 from loadtests.slo.judge import judge, overall
-from loadtests.slo.objectives import SloStatus, SloVerdict
+from loadtests.slo.judged_objectives import SloStatus, SloVerdict
 from loadtests.slo.time_split import TimeSplit
 from loadtests.tune.tune_result import TuneResult
 

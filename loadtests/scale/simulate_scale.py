@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, build_dir
-from deepseek.spec.files.batching_plan import plan_of
+from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.measured_batches import read_measured
 from loadtests.scale.cluster import ClusterSettings, Metric
@@ -90,7 +90,7 @@ def cluster_settings(options: argparse.Namespace, spec: DeploymentSpec, target: 
     if limit is None:
         raise InputError(f"{options.models}/{options.model}/deploy.toml: [slo] has no p99_ms; set one to judge the day")
     delays = {name: getattr(options, name) for name in ("pod_start_s", "node_start_s", "node_idle_s", "pods_per_node")}
-    timeout_ms = plan_of(spec, read_measured(spec.name, target)).queue_timeout_ms
+    timeout_ms = batching_of(spec, read_measured(spec.name, target)).queue_timeout_ms
     return ClusterSettings(p99_limit_ms=limit, queue_timeout_ms=timeout_ms, **delays)
 
 

@@ -23,8 +23,8 @@ from rich.text import Text
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, SloSpec, build_dir, variables_for
 from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import write_whole
-from loadtests.load.endpoint import endpoint_of, inputs_of
 from loadtests.load.preflight import check
+from loadtests.load.settings_from_options import inputs_of, settings_fields
 from loadtests.percentiles import ms
 from loadtests.report.searches import capacity_page
 from loadtests.results.settings import LoadSettings
@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
     end_at_sigterm()
     spec = DeploymentSpec.of_model(options.model, options.models).for_target(options.target)
     inputs = options.inputs or inputs_of(options.model)
-    settings = LoadSettings(model=options.model, inputs=inputs, **endpoint_of(options, spec.slo))
+    settings = LoadSettings(model=options.model, inputs=inputs, **settings_fields(options, spec.slo))
     start_rps = first_rate(options.start_rps, spec.slo)
     trial_s = options.duration_s / CONFIRM_LONGER
     served = check(replace(settings, rate_rps=start_rps, duration_s=float(max(1, round(trial_s)))), spec)

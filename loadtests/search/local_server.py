@@ -30,7 +30,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.folders import let_all_read
 from loadtests.load.child_process import free_ports, our_environment
-from loadtests.load.endpoint import inputs_of
+from loadtests.load.settings_from_options import inputs_of
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.slo_demands import timeout_for
 

@@ -16,7 +16,7 @@ from deepseek.spec.checks import Table
 from deepseek.spec.objectives import samples_needed
 from loadtests.results.run import Run
 from loadtests.slo.judge import judge
-from loadtests.slo.objectives import SloVerdict
+from loadtests.slo.judged_objectives import SloVerdict
 
 Phase = Literal["bracket", "bisect", "confirm", "prove"]
 TrialOutcome = Literal["holds", "fails", "invalid", "inconclusive"]

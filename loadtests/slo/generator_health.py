@@ -8,7 +8,7 @@ from dataclasses import replace
 from deepseek.spec import Objective, SloSpec
 from loadtests.results.run import Run
 from loadtests.results.stretch import NO_FILE, NO_PORT, Stretch
-from loadtests.slo.objectives import value_of
+from loadtests.slo.judged_objectives import value_of
 from loadtests.slo.slo_demands import largest_limit_s, rate_of
 
 LEAST_ATTEMPTED = 0.99  # of the planned requests, started in time

@@ -21,7 +21,7 @@ from loadtests.results.run import Run
 from loadtests.results.stretch import Stretch
 from loadtests.slo.bounds import completed_bounds, more_requests, ratio_bounds, share_bounds
 from loadtests.slo.generator_health import generator_problems
-from loadtests.slo.objectives import JudgedObjective, ObjectiveStatus, SloStatus, SloVerdict, value_of
+from loadtests.slo.judged_objectives import JudgedObjective, ObjectiveStatus, SloStatus, SloVerdict, value_of
 from loadtests.slo.slo_demands import confidence_of, rate_of
 
 

@@ -19,7 +19,7 @@ from deepseek.spec.objectives import SIGNS, formatted
 from loadtests.results.mixes import runs_of
 from loadtests.results.run import Run, latest_run
 from loadtests.slo.judge import judge, overall
-from loadtests.slo.objectives import EXIT_CODES, SloStatus, SloVerdict
+from loadtests.slo.judged_objectives import EXIT_CODES, SloStatus, SloVerdict
 from loadtests.slo.time_split import TimeSplit
 
 

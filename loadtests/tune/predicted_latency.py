@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from deepseek.spec.checks import checked
-from deepseek.spec.files.batching_plan import KEPT_THROUGHPUT, plan_of
+from deepseek.spec.files.batching_plan import KEPT_THROUGHPUT, batching_of
 from deepseek.spec.files.measured_batches import SERVER_MS, MeasuredBatches, read_measured
 from loadtests.tune.candidate_server import TuneConditions, run_with
 from loadtests.tune.search_space import ServingSettings
@@ -47,7 +47,7 @@ class Curves:
     def measured(cls, conditions: TuneConditions, settings: Iterable[ServingSettings], cores: int) -> Curves | None:
         """Measures a curve for each kind of layout, in about ten seconds each; None if the target has none."""
         spec, path = conditions.spec, conditions.folder / "curve.json"
-        plan = plan_of(spec, read_measured(spec.name, "onnxruntime"), conditions.precision)
+        plan = batching_of(spec, read_measured(spec.name, "onnxruntime"), conditions.precision)
         found = cls({}, cores, run_rows=plan.run_rows if spec.text else None)  # without texts: all that is joined
         for each in settings:
             key = found._key(each)

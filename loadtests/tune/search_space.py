@@ -24,7 +24,7 @@ from itertools import product
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, Target, TunedBatching, TunedTarget
 from deepseek.spec.checks import Table
-from deepseek.spec.files.batching_plan import plan_of
+from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.measured_batches import read_measured
 from loadtests.slo.slo_demands import latency_limits
 
@@ -51,7 +51,7 @@ class ServingSettings(Table):
     def of(cls, spec: DeploymentSpec, target: Target, cores: int) -> ServingSettings:
         """The settings that `make engine` serves for a spec, on a machine with `cores`."""
         spec = spec.for_target(target)
-        batching, plan = spec.batching, plan_of(spec, read_measured(spec.name, target))
+        batching, plan = spec.batching, batching_of(spec, read_measured(spec.name, target))
         shared = max(1, cores // batching.instances) if target == "onnxruntime" else None
         return cls(
             max_batch=plan.preferred_batch or spec.max_served_batch,

@@ -54,7 +54,7 @@ MODULES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "verdict": (
         tuple(
             f"loadtests/slo/{name}.py"
-            for name in ("judge", "verdict", "objectives", "generator_health", "slo_demands", "bounds")
+            for name in ("judge", "verdict", "judged_objectives", "generator_health", "slo_demands", "bounds")
         ),
         (
             "tests/test_verdict.py",

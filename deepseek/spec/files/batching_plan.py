@@ -1,6 +1,6 @@
 """The batching and queue that follow from how long batches take, and from the SLO.
 
-Contract: `plan_of` turns a measurement and the SLO into the values of `config.pbtxt`. A value that `deploy.toml` or
+Contract: `batching_of` turns a measurement and the SLO into the values of `config.pbtxt`. A value that `deploy.toml` or
 tuned.toml sets wins. Imported where a plan is made, so that a change of the arithmetic rebuilds no graph.
 
 The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n the batches that run at once:
@@ -17,7 +17,7 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
   take less time, and a caller that a full queue refuses often retries at once, which takes the cores from the model.
 
 Example:
-    plan_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
+    batching_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def tail_limit_ms(slo: SloSpec) -> float | None:
     return min(tails or [line.limit for line in lines], default=None)
 
 
-def plan_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: str | None = None) -> BatchingPlan:
+def batching_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: str | None = None) -> BatchingPlan:
     """The batching and queue to serve. `precision` is by default the one that was measured.
 
     `spec` is the result of `for_target`.

@@ -1,7 +1,8 @@
 """How long batches take on the machine that serves, and the plan that is made of it.
 
 Contract: the stage `measure-batches` writes `MeasuredBatches` to `build/<name>/batches-<target>.json`. `batching_plan`
-makes a `BatchingPlan` of it, which `publish` stores in the version's manifest.
+makes a `BatchingPlan` of it, which `publish` stores in the version's manifest. The plan's class stands here, so that a
+change of the arithmetic in `batching_plan` leaves manifests and graphs as they are.
 """
 
 from __future__ import annotations

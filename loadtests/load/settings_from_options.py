@@ -11,7 +11,7 @@ from loadtests.results.settings import ROUTES
 from loadtests.slo.slo_demands import timeout_for
 
 
-def endpoint_of(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
+def settings_fields(args: argparse.Namespace, *slos: SloSpec) -> dict[str, Any]:
     """Fields of `LoadSettings`; `slos` judge the answers and set the default time-out."""
     return {
         "models": str(args.models),

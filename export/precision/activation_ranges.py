@@ -1,8 +1,8 @@
-"""Tells whether more calibration samples would help: the output error by number of samples, from one pass.
+"""The ranges of a graph's activations, by number of calibration samples, and whether more samples would help.
 
-Contract: the ranges after 8, 16, 32, ... samples are recorded in one run over all samples, and then put into the
-finished Q/DQ graph. So the curve costs that run and one short run per point, not one calibration per point. The last
-point is the graph as built.
+Contract: one run over all samples records the ranges after 8, 16, 32, ... samples. Every 8-bit build has those of all
+samples. The curve of the output error puts the others into the finished Q/DQ graph, one after the other. So it costs
+one short run per point, not one calibration per point. Its last point is the graph as built.
 """
 
 from __future__ import annotations
