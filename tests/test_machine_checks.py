@@ -46,7 +46,7 @@ def rtx_plan(built: Path) -> bytes:
 def on_gpu(repository: Path, rtx_plan: bytes) -> Path:
     """The same repository as if built with TARGET=tensorrt: TensorRT 11.2.1.6 of 26.10, compute capability 9.0."""
     # No GPU, no TensorRT plan: it is the RTX one under TensorRT's tag and version, as its first 28 bytes hold them.
-    write_tensorrt_version(repository / "image", b"ptrt" + rtx_plan[4:24] + bytes([11, 2, 1, 6]) + rtx_plan[28:])
+    write_tensorrt_version(repository / "image", b"ftrt" + rtx_plan[4:24] + bytes([11, 2, 1, 6]) + rtx_plan[28:])
     return repository
 
 
@@ -180,10 +180,10 @@ def test_a_flag_allows_version_compatible_engines_only_if_one_is_served(reposito
     ("plan", "reason"),
     [
         (lambda plan: plan, "model.plan is an engine of TensorRT for RTX 1."),
-        (lambda plan: b"ptrt" + plan[4:24] + bytes([10, 16, 1, 0]) + plan[28:], "model.plan was built by TensorRT 10.16."),
+        (lambda plan: b"ftrt" + plan[4:24] + bytes([10, 16, 1, 0]) + plan[28:], "model.plan was built by TensorRT 10.16."),
         (lambda plan: b"ONNX" + plan[4:], "its target is tensorrt, but it has no TensorRT model.plan"),
         # The rest of the header is not documented: a wrong guess would keep a good engine from being served.
-        (lambda plan: b"ptrt" + b"\xff" * 20 + bytes([11, 2, 1, 6]) + plan[28:], ""),
+        (lambda plan: b"ftrt" + b"\xff" * 20 + bytes([11, 2, 1, 6]) + plan[28:], ""),
     ],
     ids=["rtx", "version", "no-plan", "unknown bytes"],
 )  # fmt: skip

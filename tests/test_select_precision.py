@@ -200,7 +200,7 @@ def test_with_a_fake_of_a_gpu_the_speed_is_that_of_the_runs_and_copies_and_clock
     for name in seconds:
         folder = text / "build" / "text" / name
         (folder / "tensorrt").mkdir()
-        (folder / "tensorrt" / "model.plan").write_bytes(b"ptrt")
+        (folder / "tensorrt" / "model.plan").write_bytes(b"ftrt")
         shutil.copy(folder / "manifest.json", folder / "tensorrt")
     graphs = variants.variant_predictor
     monkeypatch.setattr(select_precision, "variant_predictor", lambda spec, name, _: graphs(spec, name, "onnxruntime"))

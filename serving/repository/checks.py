@@ -20,7 +20,7 @@ from deepseek.spec.files.folders import SCRATCH
 from deepseek.spec.files.repository import CONFIG, ENGINE, config_path, engine_model, model_folders, versions_of
 
 MANIFEST = "manifest.json"
-_TENSORRT, _TENSORRT_RTX = b"ptrt", b"vtrt"  # the first bytes of a plan
+_TENSORRT, _TENSORRT_RTX = b"ftrt", b"vtrt"  # the first bytes of a plan; trtexec's kPLAN_FILE_TAG is 0x74727466
 
 Level = Literal["mismatch", "warning"]
 

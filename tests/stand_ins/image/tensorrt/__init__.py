@@ -163,7 +163,7 @@ class Builder:
         facts["code"] = config.get_flag(BuilderFlag.VERSION_COMPATIBLE)
         body = json.dumps(facts).encode() + b"\n" + network.model.SerializeToString()
         version = bytes((11, 4, 0, 106))
-        return b"ptrt" + bytes(12) + struct.pack("<Q", HEADER_BYTES + len(body)) + version + body
+        return b"ftrt" + bytes(12) + struct.pack("<Q", HEADER_BYTES + len(body)) + version + body
 
 
 class Runtime:
