@@ -20,7 +20,7 @@ import pytest
 from deepseek_client import AccessDenied, InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec
-from loadtests.load.child_process import free_ports
+from deepseek.spec.children import free_ports
 from loadtests.results.settings import LoadSettings
 from loadtests.search.local_server import local_server
 from loadtests.search.stack_command import stack_command

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from deepseek.spec import InvalidMeasurement
+from deepseek.spec.children import free_ports
 from loadtests.load import measure
-from loadtests.load.child_process import free_ports
 
 REPLACED = """
 import json, sys

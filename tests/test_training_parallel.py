@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from deepseek.spec import InputError
+from deepseek.spec.children import free_ports
 from deepseek.training.pipeline import arguments, as_layers, cut, part
 from deepseek.training.ways import check_tied
-from loadtests.load.child_process import free_ports
 from tests.conftest import run_module
 from tests.test_training import cross_entropy
 from tests.test_transformer import tiny

@@ -27,9 +27,8 @@ from pathlib import Path
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.children import ends_with_us
+from deepseek.spec.children import ends_with_us, free_ports, last_line, our_environment
 from deepseek.spec.files.folders import let_all_read
-from loadtests.load.child_process import free_ports, our_environment
 from loadtests.load.settings_from_options import inputs_of
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.slo_demands import timeout_for
@@ -141,9 +140,3 @@ def _wait_until_ready(server: LocalServer) -> None:
                     return
             time.sleep(0.1)
     raise NotServed(f"not ready within {START_TIMEOUT_S:g} s")
-
-
-def last_line(text: str) -> str:
-    """The last line of a command's output, without "error: ": why it ended."""
-    lines = text.strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else ""

@@ -23,11 +23,11 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, Precision, PublishedManifest, TunedFile
+from deepseek.spec.children import last_line, our_environment
 from deepseek.spec.objectives import samples_needed
-from loadtests.load.child_process import our_environment
 from loadtests.load.measure import START_S
 from loadtests.results.settings import LoadSettings
-from loadtests.search.local_server import last_line, local_server
+from loadtests.search.local_server import local_server
 from loadtests.search.slo_at_rate import slo_at
 from loadtests.search.trial_runner import TrialRunner
 from loadtests.slo.generator_health import generator_problems

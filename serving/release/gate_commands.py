@@ -7,18 +7,15 @@ if it is killed.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from deepseek.spec import GateFailed, InputError, InvalidMeasurement
-from deepseek.spec.children import ends_with_us
+from deepseek.spec.children import ends_with_us, last_line, our_environment
 
-_ROOT = str(Path(__file__).resolve().parents[2])
 SWITCH_OVER_LOAD = "switch-over-load"
 _ERRORS: dict[int, type[Exception]] = {1: GateFailed, 2: InputError, 3: InvalidMeasurement}
 
@@ -63,7 +60,7 @@ def run_json(name: str, *flags: str, build: str | None = None) -> CommandResult:
         data = json.loads(run.stdout)
     except ValueError:
         data = None
-    return CommandResult(name=name, code=run.returncode, data=data, reason=_last_line(run.stderr))
+    return CommandResult(name=name, code=run.returncode, data=data, reason=last_line(run.stderr))
 
 
 class SteadyLoad:
@@ -111,15 +108,8 @@ class SteadyLoad:
             found: dict[str, Any] = json.loads(line)
             return found
         _, errors = self._process.communicate()
-        raise error_of(self._process.returncode, SWITCH_OVER_LOAD, _last_line(errors))
+        raise error_of(self._process.returncode, SWITCH_OVER_LOAD, last_line(errors))
 
 
 def _environment(build: str | None) -> dict[str, str]:
-    # PYTHONPATH: a child process finds the project's modules from any folder.
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))}
-    return found if build is None else {**found, "DEEPSEEK_BUILD": build}
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else ""
+    return our_environment() if build is None else our_environment(DEEPSEEK_BUILD=build)

@@ -22,8 +22,8 @@ import numpy as np
 import psutil
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
+from deepseek.spec.children import free_ports
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.load.child_process import free_ports
 from loadtests.load.inputs import read_inputs
 from loadtests.load.request_log import RequestLog
 from loadtests.results.schedule import segments_of
