@@ -1,4 +1,4 @@
-"""The wake-up of Triton's batcher: it shortens only the batcher's waits, and a real server loads it."""
+"""The preloaded library: it shortens only the batcher's waits, and a real server loads it and answers cancelled calls."""
 
 from __future__ import annotations
 
@@ -62,6 +62,11 @@ int main(int count, char **words)
 }
 """
 
+# triton::server::grpc::ModelInferHandler::InferResponseComplete
+RESPONSE_COMPLETE = (
+    "_ZN6triton6server4grpc17ModelInferHandler21InferResponseCompleteEP30TRITONSERVER_InferenceResponsejPv"
+)
+
 
 @pytest.fixture
 def wakeup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -117,6 +122,19 @@ def is_loaded(server: EmbeddedServer) -> bool:
 def test_a_server_loads_it(server: EmbeddedServer) -> None:
     assert is_loaded(server)
     assert MISSING not in server.notes
+
+
+def test_a_cancelled_call_is_answered_so_that_only_one_thread_releases_it(server: EmbeddedServer) -> None:
+    program = Path(f"/proc/{server.pid}/exe").resolve()
+    symbols = subprocess.run(["nm", str(program)], check=True, capture_output=True, text=True).stdout.splitlines()
+    (callback,) = (int(each.split()[0], 16) for each in symbols if each.endswith(f" T {RESPONSE_COMPLETE}"))
+    mapped = Path(f"/proc/{server.pid}/maps").read_text().splitlines()
+    base = next(int(each.split("-")[0], 16) for each in mapped if each.endswith(str(program)))
+    check = b"\x41\x80\xbd\x60\x01\0\0\0"  # whether the caller cancelled
+    with program.open("rb") as file, open(f"/proc/{server.pid}/mem", "rb") as memory:
+        file.seek(callback), memory.seek(base + callback)
+        original, running = file.read(256), memory.read(256)
+    assert original.replace(check + b"\x0f\x84", check + b"\x90\xe9") == running != original
 
 
 @pytest.mark.parametrize("preloads", [True, False])

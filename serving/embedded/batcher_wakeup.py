@@ -2,7 +2,7 @@
 
 Contract: `library` returns the one in the CPU image, or builds one under `$DEEPSEEK_BUILD/serving`; None if the
 compiler (`$CC`, else `cc`) cannot build one that loads. Without it a bounded queue can hold a request for up to 500 ms
-beside a free instance (docs/triton.md).
+beside a free instance, and a cancelled gRPC call can end Triton (docs/triton.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SOURCE = Path(__file__).with_name("batcher_wakeup.c")
 MISSING = Finding(
     level="warning",
     where="queue",
-    what="without a C compiler Triton can hold a request for up to 500 ms beside a free instance",
+    what="without a C compiler Triton can hold a request for up to 500 ms beside a free instance, "
+    "and a cancelled gRPC call can end it",
     fix="apt-get install gcc libc6-dev",
 )
 
