@@ -45,6 +45,11 @@ def test_a_layer_to_keep_high_is_named_as_in_the_graph(tmp_path: Path) -> None:
     assert quantized_layers(quantized(tmp_path, nodes, keep_high=("^linear_1$",))) == {"y": "Gemm"}
 
 
+def test_modelopt_does_not_ask_an_installed_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelopt.onnx.trt_utils.TRT_PYTHON_AVAILABLE", True)
+    assert quantized_layers(quantized(tmp_path, "linear = Gemm (x, u, b) y = Gemm (linear, w, b)")) == {"y": "Gemm"}
+
+
 def test_the_factor_of_a_bias_stays(tmp_path: Path) -> None:
     model = quantized(tmp_path, "linear = Gemm (x, u, b) y = Gemm <alpha = 2.0, beta = 0.5> (linear, w, b)")
     (gemm,) = [node for node in model.graph.node if node.name == "y"]

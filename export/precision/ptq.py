@@ -121,8 +121,12 @@ def _forget_dims(graph: onnx.GraphProto, known: set[str]) -> None:
 
 def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> onnx.ModelProto:
     """Runs post-training quantization: the graph with Q/DQ pairs around activations and (still wide) weights."""
-    from modelopt.onnx.quantization import quantize  # slow to import: only where it runs
+    from modelopt.onnx import trt_utils  # slow to import: only where it runs
+    from modelopt.onnx.quantization import quantize
 
+    # An installed TensorRT (NATIVE=1) would parse the graph on the GPU, and ModelOpt would take operators that TensorRT
+    # runs as plugins for ones that ONNX Runtime does not have.
+    trt_utils.TRT_PYTHON_AVAILABLE = False
     high, known = high_nodes(path, config), _dim_names(onnx.load(path, load_external_data=False).graph)
     made = path.parent / "made.onnx"
     betas = _with_ends(path)

@@ -37,9 +37,12 @@ class ServedEngine:
 
     @property
     def memory_bytes(self) -> int:
-        """Least memory for its weights: each instance of the Python backend is a process with its own."""
+        """Least memory for its weights: each instance of the Python backend is a process with its own, and each of the
+        TensorRT backend loads the plan once more if an axis varies (CreateEngine in its model_state.cc)."""
         copies = self.config.instance_group[0].count if self.config.instance_group else 1
-        return self.manifest.size_bytes * (copies if self.config.backend == "python" else 1)
+        varies = any(axis["min"] < axis["max"] for axis in self.manifest.axes.values())
+        own = self.config.backend == "python" or (self.manifest.target == "tensorrt" and varies)
+        return self.manifest.size_bytes * (copies if own else 1)
 
     def loads_on(self, number: int, gpu: Gpu) -> bool:
         """Whether Triton loads it on a GPU, and it runs there."""
