@@ -125,6 +125,13 @@ def test_a_mistyped_command_is_one_line_and_exit_2(word: str, told: str, capsys:
     assert capsys.readouterr().err == told
 
 
+def test_no_file_gets_the_number_of_a_closed_standard_stream() -> None:
+    """The processes that a command starts would read or write that file."""
+    code = "import os; from cli.main import main; main(); os._exit(os.open('/', os.O_RDONLY) < 3)"
+    command = ["/bin/sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+
+
 def test_an_error_of_several_lines_is_printed_in_one(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise GateFailed("lost\n  in translation")
