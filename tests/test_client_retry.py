@@ -291,20 +291,27 @@ def test_an_inference_is_repeated_after_503_only_if_it_did_not_run(
 
 
 @pytest.mark.parametrize(
-    ("details", "trailing", "expected", "tries"),
+    ("code", "details", "trailing", "expected", "tries"),
     [
-        ("failed to connect to all addresses; last error: x", {}, ConnectionLost, 1),
-        ("the upstream is not ready", {}, ConnectionLost, 1),
-        ("overloaded", {"retry_after": "0"}, ServerBusy, 1),
-        ("Exceeds maximum queue size", {}, ServerBusy, 3),
-        ("try again", {"grpc_retry_pushback_ms": "1"}, ServerBusy, 3),
-        ("This protocol is restricted, expecting header 'triton-grpc-protocol-key'", {}, AccessDenied, 1),
+        ("UNAVAILABLE", "failed to connect to all addresses; last error: x", {}, ConnectionLost, 1),
+        ("UNAVAILABLE", "the upstream is not ready", {}, ConnectionLost, 1),
+        ("UNAVAILABLE", "overloaded", {"retry_after": "0"}, ServerBusy, 1),
+        ("UNAVAILABLE", "Exceeds maximum queue size", {}, ServerBusy, 3),
+        ("UNAVAILABLE", "try again", {"grpc_retry_pushback_ms": "1"}, ServerBusy, 3),
+        (
+            "UNAVAILABLE",
+            "This protocol is restricted, expecting header 'triton-grpc-protocol-key'",
+            {},
+            AccessDenied,
+            1,
+        ),
+        ("CANCELLED", "CANCELLED", {}, ConnectionLost, 1),  # by Triton, when its exit time-out is over
     ],
 )
-def test_an_inference_is_repeated_after_unavailable_only_if_it_did_not_run(
-    server: EmbeddedServer, details: str, trailing: dict, expected: type, tries: int
+def test_an_inference_is_repeated_over_grpc_only_if_it_did_not_run(
+    server: EmbeddedServer, code: str, details: str, trailing: dict, expected: type, tries: int
 ) -> None:
-    refusing = grpc_answering(refuse(grpc.StatusCode.UNAVAILABLE, details, **trailing))
+    refusing = grpc_answering(refuse(grpc.StatusCode[code], details, **trailing))
     with refusing as (url, seen), InferenceClient(url, retries=2) as client, pytest.raises(expected):
         client.send(prepared(server, "grpc"))
     assert len(seen) == tries

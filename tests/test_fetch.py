@@ -132,28 +132,22 @@ def test_an_archive_with_another_checksum_is_not_unpacked(store: Store, archive:
     assert list(into.iterdir()) == []
 
 
-def test_a_connection_that_ends_early_is_tried_again(store: Store, archive: tuple[bytes, str], into: Path) -> None:
-    def first_half_then_all(request: Handler) -> None:
-        request.give(archive[0][: 100 if len(store.seen) == 1 else None], length=len(archive[0]))
-
-    store.answers["/m.tar.gz"] = first_half_then_all
-    assert fetch(store.url("/m.tar.gz"), archive[1], into)["models"] == ["add_one"]
-    assert len(store.seen) == 2
-
-
-def test_a_damaged_tls_record_is_tried_again(
-    store: Store, archive: tuple[bytes, str], into: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damages_tls", [False, True], ids=["it ends early", "a damaged TLS record"])
+def test_a_connection_that_breaks_is_tried_again(
+    store: Store, archive: tuple[bytes, str], into: Path, damages_tls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ensure_certificate(tmp_path, [])
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
-    store.speak_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
+    if damages_tls:
+        ensure_certificate(into.parent, [])
+        monkeypatch.setenv("SSL_CERT_FILE", str(into.parent / "ca.crt"))
+        store.speak_tls(into.parent / "tls.crt", into.parent / "tls.key")
 
-    def damaged_then_whole(request: Handler) -> None:
-        request.give(archive[0][: 100 if len(store.seen) == 1 else None], length=len(archive[0]))
-        if len(store.seen) == 1:
+    def broken_then_whole(request: Handler) -> None:
+        first = len(store.seen) == 1
+        request.give(archive[0][: 100 if first else None], length=len(archive[0]))
+        if first and damages_tls:
             os.write(request.connection.fileno(), b"no TLS record")
 
-    store.answers["/m.tar.gz"] = damaged_then_whole
+    store.answers["/m.tar.gz"] = broken_then_whole
     assert fetch(store.url("/m.tar.gz"), archive[1].upper(), into)["models"] == ["add_one"]
     assert len(store.seen) == 2
 

@@ -46,17 +46,6 @@ def http_client(gateway: Gateway) -> triton_http.InferenceServerClient:
     return triton_http.InferenceServerClient(f"localhost:{gateway.port}", ssl=True, ssl_context_factory=lambda: context)
 
 
-def test_http_and_grpc_infer_through_one_port(gateway: Gateway) -> None:
-    status, answer = gateway.http("POST", INFER, body=json_body())
-    assert status == 200
-    assert b'"data":[1.5,1.5,1.5,1.5,1.5,1.5]' in answer
-    with gateway.grpc_client() as client:
-        assert client.infer("add_one", grpc_input(), headers=authorized(gateway.key)).as_numpy("y").sum() == 6
-        assert client.is_model_ready("add_one", headers=authorized(gateway.key))
-    with gateway.connect("h2", "http/1.1") as connection:
-        assert connection.selected_alpn_protocol() == "h2"
-
-
 # ---- keys --------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import grpc
 import numpy as np
 import psutil
 import pytest
-from deepseek_client import ConnectionLost, InferenceClient, PreparedRequest, ServerBusy
+from deepseek_client import InferenceClient, ServerBusy
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -24,7 +23,6 @@ from export.publishing.triton_config import config_text, model_config
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
 from tests.conftest import FREE
-from tests.failing_servers import grpc_answering, refuse
 from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter
 
@@ -81,20 +79,6 @@ def test_cut_and_half_open_connections_leave_room_for_callers(busy: EmbeddedServ
         for _ in range(500):
             held.enter_context(socket.create_connection((busy.address, busy.http_port))).sendall(head[:40])
         assert client.infer("add_one", X)["y"].shape == (1, 2, 3)
-
-
-def test_a_call_that_a_server_cancels_as_it_ends_is_a_lost_connection() -> None:
-    """Triton cancels the calls in flight when its exit time-out is over."""
-    request = PreparedRequest(model="m", version="", request_id="", outputs=(), parts=(b"",), tensors=())
-    with grpc_answering(refuse(grpc.StatusCode.CANCELLED, "CANCELLED")) as (url, seen):
-        for idempotent, calls in ((False, 1), (True, 3)):
-            seen.clear()
-            with (
-                InferenceClient(url, retries=2, idempotent=idempotent) as client,
-                pytest.raises(ConnectionLost, match="CANCELLED"),
-            ):
-                client.send(request)
-            assert len(seen) == calls
 
 
 PLACES = 8  # of the queue; bulk requests have half of them

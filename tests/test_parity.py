@@ -256,11 +256,6 @@ def test_a_server_without_the_model_is_an_input_error(folder: Path, server: Embe
         compare_served(ModelFolder("masked", folder / "models"), server.grpc_url, server.http_url)
 
 
-def test_the_two_ports_swapped_are_an_input_error(folder: Path, server: EmbeddedServer) -> None:
-    with pytest.raises(InputError, match=r"does not speak HTTP; is it Triton's gRPC port"), client_errors():
-        compare_served(ModelFolder("masked", folder / "models"), server.http_url, server.grpc_url)
-
-
 def test_endpoints_of_two_servers_are_an_input_error(folder: Path, triton: EmbeddedServer) -> None:
     spec = DeploymentSpec.of_model("masked", folder / "models")
     with endpoints_of(spec, triton.http_url, triton.grpc_url, timeout_s=60) as endpoints:

@@ -88,12 +88,6 @@ def test_a_long_pair_is_refused_if_the_caller_says_so(url: str) -> None:
     assert rerank(url, query="q", texts=["a"], truncate=False)[0] == 200
 
 
-def test_a_text_with_too_many_bytes_is_a_400(url: str) -> None:
-    status, answer = rerank(url, query="a" * 131_073, texts=["a"])
-    assert status == 400
-    assert "query: 131073 bytes; allowed: up to 131072" in answer["error"]["message"]
-
-
 def test_pairs_and_their_tokens_are_counted(serving: Serving, url: str) -> None:
     before = scrape(serving)
     rerank(url, query="ab", texts=["abc", "a " * 100])

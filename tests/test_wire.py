@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deepseek_client import ConnectionLost, DeadlineExceeded, Unreachable
+from deepseek_client import ConnectionLost, DeadlineExceeded
 
 from loadtests.load.wire.client import WireClient
 from serving.embedded.serve import EmbeddedServer
@@ -88,12 +88,6 @@ def test_a_body_that_the_server_does_not_read_ends_at_the_deadline(connect: Conn
 def test_an_http_1_server_asked_over_grpc_is_a_lost_connection(connect: Connect) -> None:
     with answering(status("400 Bad Request")) as (url, _), pytest.raises(ConnectionLost, match="does not speak HTTP/2"):
         connect("grpc", url).metadata("m")
-
-
-@protocols
-def test_a_port_without_a_server_is_unreachable(connect: Connect, protocol: str) -> None:
-    with pytest.raises(Unreachable, match="Connection refused"):
-        connect(protocol, "127.0.0.1:9").ready()
 
 
 GREENLETS = """
