@@ -235,25 +235,22 @@ def test_an_embedding_is_cut_to_truncate_dim_after_it_is_normalized(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "longest"),
+    ("limits", "longest"),
     [
-        ("sentence_bert_config.json", {"max_seq_length": 24}, 24),
-        ("sentence_roberta_config.json", {"max_seq_length": 24}, 24),
-        ("tokenizer_config.json", {"model_max_length": 32}, 32),
-        ("tokenizer_config.json", {"model_max_length": 10**30}, POSITIONS),
+        ({"sentence_bert": {"max_seq_length": 24}}, 24),
+        ({"sentence_roberta": {"max_seq_length": 24}}, 24),
+        ({"tokenizer": {"model_max_length": 32}}, 32),
+        ({"tokenizer": {"model_max_length": 10**30}}, POSITIONS),
+        ({"tokenizer": {"model_max_length": 24}, "sentence_bert": {"max_seq_length": 48}}, 48),
     ],
 )
-def test_the_lowest_limit_of_the_length_counts(name: str, values: dict[str, int], longest: int, tmp_path: Path) -> None:
+def test_the_limit_of_the_length_is_that_of_sentence_transformers_or_else_the_lowest(
+    limits: dict[str, dict[str, int]], longest: int, tmp_path: Path
+) -> None:
     write_checkpoint(tmp_path, "bert")
-    (tmp_path / name).write_text(json.dumps(values))
+    for name, values in limits.items():
+        (tmp_path / f"{name}_config.json").write_text(json.dumps(values))
     assert Checkpoint.read(tmp_path, "auto").longest == longest
-
-
-def test_the_limit_of_sentence_transformers_replaces_that_of_the_tokenizer(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, "bert")
-    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 48}')
-    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 24}')
-    assert Checkpoint.read(tmp_path, "auto").longest == 48
 
 
 def test_the_tokenizer_lower_cases_and_cuts_as_the_checkpoint_says_and_pads_on_the_right(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -25,6 +24,10 @@ IMAGE = DeploymentSpec.load("tests/models/image")
 SCORES, FEATURES = torch.ones(2, 10), torch.zeros(2, 32)
 
 
+def loading(returned: str) -> str:
+    return f"\ndef load():\n    return {returned}\n"
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -34,21 +37,10 @@ SCORES, FEATURES = torch.ones(2, 10), torch.zeros(2, 32)
             "model.py:22: importing it: ModuleNotFoundError: No module named 'no_such_module'",
         ),
         ("\nload = None\n", r"model.py: no function load\(\)"),
-    ],
-    ids=["syntax", "import", "no function"],
-)
-def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        tiny(tmp_path, code=code)
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("\ndef load():\n    return open('/no/weights')\n", r"model.py:23: load\(\): FileNotFoundError: .*/no/weights"),
-        ("\ndef load():\n    return {}\n", r"load\(\) returned dict; a torch.nn.Module is needed"),
-        ("\ndef load():\n    Tiny()\n", r"load\(\) returned NoneType"),
-        ("\ndef load():\n    return Tiny\n", r"load\(\) returned the class Tiny; a torch.nn.Module is needed"),
+        (loading("open('/no/weights')"), r"model.py:23: load\(\): FileNotFoundError: .*/no/weights"),
+        (loading("{}"), r"load\(\) returned dict; a torch.nn.Module is needed"),
+        (loading("None"), r"load\(\) returned NoneType"),
+        (loading("Tiny"), r"load\(\) returned the class Tiny; a torch.nn.Module is needed"),
         (
             "\ndef load():\n    model = Tiny()\n    model.near = torch.nn.Buffer(torch.eye(8).to_sparse())\n    return model\n",
             r"load\(\): 'near' is sparse, and ONNX has no sparse products",
@@ -58,10 +50,30 @@ def test_a_model_that_cannot_be_imported_is_one_line(tmp_path: Path, code: str, 
             "\ndef load():\n    raise ValueError('\\x1b[1m' + 'bold ' * 90 + '\\x1b[0m' + 'long ' * 90 + 'end')\n",
             r"model.py:23: load\(\): ValueError: bold .*bold  ?\.\.\. g long .*long end$",
         ),
+        (
+            loading("torch.jit.script(Tiny().line)"),
+            r"load\(\) returned TorchScript .* return the torch.nn.Module that it was made",
+        ),
+        (
+            loading("torch.nn.Sequential(torch.jit.script(Tiny().line))"),
+            r"load\(\): '0' is TorchScript .* return the torch.nn.Mod",
+        ),
+        (
+            loading("torch.ao.quantization.quantize_dynamic(Tiny())"),
+            r"'line' is quantized by PyTorch .* the build quantizes it",
+        ),
+        (
+            loading("torch.nn.Sequential(torch.nn.LSTM(8, 8, proj_size=4))"),
+            r"'0' is an LSTM with proj_size, .* weight_hh @ weight_hr",
+        ),
     ],
-    ids=["raises", "no module", "return forgotten", "a class", "a sparse buffer", "exits", "a long message"],
+    ids=[
+        *("syntax", "import", "no function", "raises", "no module", "return forgotten", "a class", "a sparse buffer"),
+        *("exits", "a long message", "TorchScript", "a part of TorchScript", "quantized", "a projection"),
+    ],
 )
-def test_a_load_that_returns_no_module_is_one_error_line(tmp_path: Path, code: str, message: str) -> None:
+@pytest.mark.filterwarnings("ignore")  # of TorchScript, and of quantization by PyTorch
+def test_a_model_that_cannot_be_loaded_is_one_error_line(tmp_path: Path, code: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny(tmp_path, code=code).load()
 
@@ -72,32 +84,6 @@ def test_a_changed_working_directory_is_restored(tmp_path: Path) -> None:
     before = os.getcwd()
     tiny(tmp_path, code=code).load()
     assert os.getcwd() == before
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        (
-            "torch.jit.script(Tiny().line)",
-            r"load\(\) returned TorchScript .* return the torch.nn.Module that it was made",
-        ),
-        (
-            "torch.nn.Sequential(torch.jit.script(Tiny().line))",
-            r"load\(\): '0' is TorchScript .* return the torch.nn.Mod",
-        ),
-        ("torch.ao.quantization.quantize_dynamic(Tiny())", r"'line' is quantized by PyTorch .* the build quantizes it"),
-        (
-            "torch.nn.Sequential(torch.nn.LSTM(8, 8, proj_size=4))",
-            r"'0' is an LSTM with proj_size, .* weight_hh @ weight_hr",
-        ),
-    ],
-    ids=["TorchScript", "a part of TorchScript", "quantized", "a projection"],
-)
-def test_a_module_that_cannot_be_traced_is_refused(tmp_path: Path, returned: str, message: str) -> None:
-    code = f"\ndef load():\n    import warnings\n    warnings.simplefilter('ignore')\n    return {returned}\n"
-    source = tiny(tmp_path, code=code)
-    with warnings.catch_warnings(), pytest.raises(InputError, match=message):
-        source.load()
 
 
 @pytest.mark.parametrize(

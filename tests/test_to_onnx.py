@@ -210,18 +210,10 @@ def samples(split):
     assert [[value.name for value in side] for side in (graph.input, graph.output)] == [inputs, outputs]
 
 
-def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    body = "return self.line(x) if x.sum() > 0 else x"
-    with pytest.raises(InputError, match=r"model\.py:11: cannot be exported: .* use torch.where .* torch.cond"):
-        export_model(tiny(tmp_path, body=body))
-    assert "def forward" not in capfd.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        ("return self.line(x) if x.sum() > 0 else x", r"model\.py:11: cannot be exported: .* use torch.where .* torch.cond"),
         ("return torch.nn.functional.dropout(self.line(x))", "called twice .* draws at random or keeps state"),
         ("self.calls = getattr(self, 'calls', 0) + 1; return self.line(x) * self.calls", "draws at random or keeps state"),
         ("return self.line(x).view(1, 8)", r"model.py:11: forward\(x: float32 \[4, 8\]\).*RuntimeError: shape"),
@@ -239,11 +231,14 @@ def test_a_data_dependent_branch_is_refused_with_its_line_and_a_fix(
         ("return x.bfloat16()", r"output 'y': forward returned bfloat16 \[4, 8\]; deploy.toml says float32"),
         ("return 3", r"forward returned 1 value\(s\) \(int\)"),
     ],
-    ids=["random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "mean", "operator", "no kernel", "no such type", "an operator without a cause", "rows that mix", "bug", "too many", "dtype", "no type of numpy", "no tensor"],
+    ids=["branch", "random", "state", "batch of 1", "batch of 1 squeezed", "no batch", "mean", "operator", "no kernel", "no such type", "an operator without a cause", "rows that mix", "bug", "too many", "dtype", "no type of numpy", "no tensor"],
 )  # fmt: skip
-def test_a_forward_that_cannot_be_traced_is_one_error_line(tmp_path: Path, body: str, message: str) -> None:
+def test_a_forward_that_cannot_be_traced_is_one_error_line(
+    tmp_path: Path, body: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match=message):
         export_model(tiny(tmp_path, body=body))
+    assert "def forward" not in capfd.readouterr().err
 
 
 def test_long_inputs_are_extended_with_other_samples_so_that_no_score_repeats() -> None:
