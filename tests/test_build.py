@@ -84,14 +84,6 @@ def test_the_outputs_of_a_killed_stage_and_changed_or_removed_ones_are_rebuilt(
     assert engine() == [*GRAPHS, SELECT, MEASURE, "publish"]
 
 
-def test_an_empty_env_file_is_rewritten(engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    engine()
-    (tiny / "env").write_text("")
-    build.main(options_of(tiny, explain=True))
-    assert "env was changed" in capsys.readouterr().out
-    assert engine() == ["stack"]
-
-
 def test_check_engine_keeps_data_and_pruning_of_the_last_build(engine: Run, tiny: Path) -> None:
     clicks = tiny / "clicks.csv"
     clicks.write_text("1,2,3")

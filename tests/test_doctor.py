@@ -145,6 +145,20 @@ def test_a_configuration_that_does_not_fit_the_engine(repository: Path, old: str
     assert lines(repository)[0].startswith(f"image/config.pbtxt: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        *((lambda place, name=name: (place / name).mkdir(), f"{name}: a folder without config.pbtxt") for name in ("notes", ".git", "lost+found")),
+        (lambda place: (place / "image" / "1").rename(place / "image" / "01"), "image: has no version directory"),  # a leading zero
+    ],
+)  # fmt: skip
+def test_a_folder_that_triton_does_not_load_is_a_mismatch(
+    repository: Path, change: Callable[[Path], object], reason: str
+) -> None:
+    change(repository)
+    assert only(lines(repository)).startswith(reason)
+
+
 def test_a_version_policy_that_names_no_version_is_a_mismatch(repository: Path) -> None:
     (repository / "image" / "1" / "config.pbtxt").unlink()  # else the version is served with its own
     edit_config(repository, "versions: 1", "versions: 7")
@@ -153,21 +167,10 @@ def test_a_version_policy_that_names_no_version_is_a_mismatch(repository: Path) 
     )
 
 
-@pytest.mark.parametrize("name", ["notes", ".git", "lost+found"])
-def test_a_folder_without_a_configuration_is_a_mismatch(repository: Path, name: str) -> None:
-    (repository / name).mkdir()
-    assert only(lines(repository)).startswith(f"{name}: a folder without config.pbtxt")
-
-
 def test_a_published_model_that_lost_its_configuration_is_not_moved_away(repository: Path) -> None:
     write_add_one(repository)
     (repository / "image" / "config.pbtxt").unlink()
     assert "publish it again: deepseek publish --model image " in only(lines(repository))
-
-
-def test_a_model_without_versions(repository: Path) -> None:
-    (repository / "image" / "1").rename(repository / "image" / "01")  # Triton leaves it out: a leading zero
-    assert only(lines(repository)).startswith("image: has no version directory")
 
 
 @pytest.mark.parametrize("name", ["config.pbtxt", "manifest.json"])
@@ -195,16 +198,14 @@ def test_a_damaged_older_version_is_a_warning(repository: Path) -> None:
     assert warning.endswith(f"no rollback goes to it; it may be removed: rm -r '{repository / 'image' / '1'}'")
 
 
-def test_a_model_without_a_manifest_is_not_checked(repository: Path) -> None:
+def test_a_model_without_a_manifest_is_not_checked_and_fails_only_a_strict_doctor(
+    repository: Path, run_here: RunHere
+) -> None:
     write_add_one(repository)
     assert lines(repository) == []
     assert only(lines(repository, level="warning")).startswith("add_one: not checked: it has no manifest.json")
-
-
-def test_a_strict_doctor_fails_over_a_warning(repository: Path, run_here: RunHere) -> None:
-    write_add_one(repository)
-    assert run_here("doctor", "--repository", str(repository)).returncode == 0
-    assert run_here("doctor", "--repository", str(repository), "--strict").returncode == 1
+    command = ("doctor", "--repository", str(repository))
+    assert [run_here(*command, *flags).returncode for flags in ((), ("--strict",))] == [0, 1]
 
 
 def preflight(repository: Path, flags: str = "") -> subprocess.CompletedProcess[str]:

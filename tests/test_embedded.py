@@ -163,14 +163,6 @@ def test_a_port_or_address_that_cannot_be_used_is_one_line(tmp_path: Path) -> No
             EmbeddedServer(tmp_path / "repository", address=address, **FREE)
 
 
-def test_a_port_in_use_ends_the_process_with_exit_code_2(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        process = start(tmp_path / "repository", "--grpc-port", str(taken.getsockname()[1]))
-        output, errors = process.communicate()
-    assert (process.returncode, output) == (2, "")
-    assert re.fullmatch("error: gRPC port .* cannot be used .*\n", errors)
-
-
 @pytest.mark.parametrize(
     ("name", "flag", "says"),
     [

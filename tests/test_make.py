@@ -15,21 +15,6 @@ import pytest
 from cli.commands import COMMANDS
 from cli.table import HIDDEN
 
-TARGETS = re.findall(
-    r"\S+",
-    """demo engine doctor serve infer parity metadata release retrain rollback releases keys stack loadtest
-    verdict capacity regression tune report profile simulate-scale kubernetes plan setup check-engine
-    test lint measure-training measure-failure bench lock clean clean-cache distclean help help-all check test-all
-    new""",
-)
-VARIABLES = re.findall(
-    r"\S+",
-    """MODEL MODELS DATA PRECISION PRUNE TARGET TRITON_TAG NATIVE ANYWAY HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT
-    POLL_S PROTOCOL URL CA_CERT ROW RATE SHAPE USERS MIX WORKERS DURATION_S WEB WEB_PORT RUN REQUESTS BUDGET_S BASE NEW
-    NEW_BUILD PROJECT GATEWAY_PORT LOCAL_PORTS GATEWAY_HOSTS NAME REVOKE EXPIRES_DAYS KEY_RPS REGISTRY IMAGE_TAG MODELS_URL
-    AUTOSCALER TRAFFIC SCALE P99_MS PRESET ONNX LAYERS HIDDEN HEADS LENGTH BATCH DEVICES MEASURE PLAN BUILD REPOSITORY
-    VENV ENV_FILE CACHE CACHE_GIB""",
-)
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
 
 
@@ -60,14 +45,7 @@ def test_help_lists_every_target_with_its_variables_and_each_has_a_page() -> Non
         assert (f"\n  {command.name} " in text and command.help in text) is (command.group not in HIDDEN)
     assert " NAME EXPIRES_DAYS KEY_RPS BULK REVOKE " in text
     assert "\n  EXPIRES_DAYS=N " in make("help-keys").stdout
-
-
-def test_targets_and_variables_exist() -> None:
-    run = make("--dry-run", *TARGETS)
-    assert run.returncode == 0, run.stderr
-    known = {option.variable_name for command in COMMANDS for option in command.options}
-    known |= {command.flags_variable for command in COMMANDS}
-    assert set(VARIABLES) <= known
+    assert make("--dry-run", *(each.name for each in COMMANDS if each.group not in HIDDEN)).returncode == 0
 
 
 @pytest.fixture
@@ -157,8 +135,6 @@ def test_distclean_finds_what_was_built_and_keeps_sources_and_the_users_files(tm
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("infer", "MODEL=a b"), "MODEL: seen 'a b'; a folder's name without blanks and slashes is needed"),
-        (("engine", "TARGET=onnx"), "TARGET: seen 'onnx'; allowed: auto, "),
         (("engine", "MODLE=text"), "MODLE: no such variable; did you mean MODEL?"),
         (("engine", "MODEL=nosuch"), "no model 'nosuch'"),
         (

@@ -53,9 +53,8 @@ def options_of(folder: Path, **changed: Any) -> argparse.Namespace:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tiny(tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model folder `models/tiny`, with a build folder and a cache of its own."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "models" / "tiny"
     folder.mkdir(parents=True)
@@ -189,6 +188,7 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (source("deepseek/spec/files/batching_plan.py"), MEASURED),
         (source("serving/backend/compute_slots.py"), SERVED),
         (source("serving/stack/stack.py"), ["stack"]),
+        (lambda folder, patch: (folder / "env").write_text(""), ["stack"]),
         (source("docker/observe/prometheus/prometheus.yml"), ["stack"]),
         (source("deepseek/spec/files/manifest.py"), ["to_onnx", *GRAPHS, *CHOSEN]),
         (version("onnxslim"), [*GRAPHS, *CHOSEN]),

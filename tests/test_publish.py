@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from deepseek_client import InferenceClient
-from tritonclient import grpc as triton
 
 from cli.main import values_of
 from deepseek.onnxruntime_session import choose_provider
@@ -37,7 +35,6 @@ from serving.release.journal import ReleaseJournal
 from serving.repository.checks import read_config
 from serving.repository.served_models import served_models
 from tests.conftest import FREE, RunHere
-from tests.gateway import wait_for
 from tests.test_triton_config import with_batch
 from tests.tiny_model import FIXED, tiny
 
@@ -62,9 +59,8 @@ def test_each_build_adds_a_version_and_the_oldest_are_removed(build: Path, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"image"}
 
 
-def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
-    shutil.copytree(built / "build" / "image", tmp_path / "image")
+def test_an_engine_of_another_profile_is_refused(built: Path, tmp_path: Path, own_build: Path) -> None:
+    shutil.copytree(built / "build" / "image", own_build / "image")
     with pytest.raises(InputError, match=r'was built for the axes .*"max": 8.* deploy.toml now has .*"max": 64'):
         publish_version(with_batch(IMAGE, max=64), "fp32", "onnxruntime", tmp_path / "repository")
 
@@ -308,9 +304,8 @@ def test_optimizers_that_break_the_graph_are_published_as_disabled(build: Path, 
     assert config.parameters["left_out"].string_value == "MatmulTransposeFusion"
 
 
-def test_a_choice_made_for_another_file_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
-    engine = tmp_path / "m" / "int8" / "model.onnx"
+def test_a_choice_made_for_another_file_is_not_published(own_build: Path) -> None:
+    engine = own_build / "m" / "int8" / "model.onnx"
     engine.parent.mkdir(parents=True)
     engine.write_bytes(b"compared")
     choice = {"chosen": "int8", "provider": "cpu", "sha256": {"int8": sha256(engine)}}
@@ -332,38 +327,6 @@ def test_a_model_of_one_batch_size_is_served(tmp_path: Path, own_build: Path) ->
         InferenceClient(server.grpc_url) as client,
     ):
         assert client.infer("tiny", {"x": np.ones((4, 8), np.float32)})["y"].shape == (4, 8)
-
-
-@pytest.mark.slow
-def test_a_polling_server_keeps_serving_while_versions_change(build: Path, tmp_path: Path) -> None:
-    publish_version(TEXT, "fp32", "onnxruntime", tmp_path / "repository")
-    served: list[str] = []
-    failures: list[Exception] = []
-    done = threading.Event()
-    with EmbeddedServer(tmp_path / "repository", poll_s=1, log_path=tmp_path / "triton.log", **FREE) as server:
-
-        def call() -> None:
-            client = triton.InferenceServerClient(server.grpc_url)
-            inputs = [triton.InferInput(name, [1, 5], "INT64") for name in TEXT.inputs]
-            for tensor in inputs:
-                tensor.set_data_from_numpy(np.ones((1, 5), np.int64))
-            while not done.is_set():
-                try:
-                    served.append(client.infer("text", inputs).get_response().model_version)
-                except Exception as error:
-                    failures.append(error)
-                time.sleep(0.01)
-
-        caller = threading.Thread(target=call)
-        caller.start()
-        for version, precision in (("2", "fp16"), ("3", "int8"), ("4", "fp32")):
-            publish_version(TEXT, precision, "onnxruntime", tmp_path / "repository")  # type: ignore[arg-type]
-            wait_for(lambda: served[-1:], [version].__eq__, 120)
-        done.set()
-        caller.join()
-    assert failures == []
-    assert served[0] == "1"
-    assert served[-1] == "4"
 
 
 def test_a_publisher_waits_for_another_one_and_reports_it(build: Path, tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def test_the_gateway_looks_for_the_openai_routes_at_the_servers_port() -> None:
 
 def test_dockerfiles_have_the_versions_of_the_code() -> None:
     assert f"ARG TRITON_WHEEL={TRITON_WHEEL}\n" in Path("docker/server-cpu.Dockerfile").read_text()
-    assert f"ARG TRITON_TAG={TRITON_TAG}\n" in Path("docker/server.Dockerfile").read_text()
+    for image in ("server", "export"):
+        assert f"ARG TRITON_TAG={TRITON_TAG}\n" in Path(f"docker/{image}.Dockerfile").read_text()
 
 
 def test_dockerfiles_are_clean_by_hadolint() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import InputError
-from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
+from deepseek.spec.machine.triton_release import check_tag
 from export import machine as export_machine
 from export.runtimes import tensorrt_container
 from export.runtimes.tensorrt_container import DOCKERFILE, image_name
@@ -24,14 +24,13 @@ DOCKER = 'echo "$@" >>"$RECORD"; case "$1" in info) echo "Runtimes: runc nvidia"
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def machine(tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of programs that is the whole PATH; the file $RECORD has the arguments of `docker`."""
     (tmp_path / "bin").mkdir()
     for tool in ("bash", "cat"):
         (tmp_path / "bin" / tool).symlink_to(f"/bin/{tool}")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     for seen in (export_machine.output_of, export_machine._docker_information):
         monkeypatch.setattr(export_machine, seen.__name__, cache(seen.__wrapped__))
     monkeypatch.setattr(tensorrt_container, "output_of", export_machine.output_of)
@@ -42,6 +41,14 @@ def program(folder: Path, name: str, body: str) -> None:
     """A shell script on the machine's PATH."""
     (folder / name).write_text(f"#!/bin/bash\n{body}\n")
     (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def host(machine: Path) -> Path:
+    """The same with a GPU and a Docker engine that runs nothing."""
+    program(machine, "nvidia-smi", NVIDIA_SMI)
+    program(machine, "docker", DOCKER)
+    return machine
 
 
 @pytest.mark.parametrize(
@@ -72,10 +79,8 @@ def test_what_a_machine_lacks_is_one_error_line(
 
 
 def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(
-    machine: Path, tmp_path: Path, run_here: RunHere
+    host: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
-    program(machine, "nvidia-smi", NVIDIA_SMI)
-    program(machine, "docker", DOCKER)
     stage = ("to-tensorrt", "--model", "image", "--precision", "fp16")
     flags = ("--models", str(tmp_path), "--", *stage)
     run = run_here("tensorrt-container", *flags, DEEPSEEK_DATA="/elsewhere/clicks.csv", DEEPSEEK_CACHE_GIB="20")
@@ -93,10 +98,8 @@ def test_a_stage_runs_in_the_image_with_the_gpus_the_tree_and_no_network(
     assert build.is_dir()
 
 
-def test_what_links_in_the_model_folder_lead_to_is_mounted(machine: Path, tmp_path: Path, run_here: RunHere) -> None:
+def test_what_links_in_the_model_folder_lead_to_is_mounted(host: Path, tmp_path: Path, run_here: RunHere) -> None:
     """A link to a checkpoint of Hugging Face's cache, whose files are links too, and one to such a file."""
-    program(machine, "nvidia-smi", NVIDIA_SMI)
-    program(machine, "docker", DOCKER)
     hub, folder = tmp_path / "hub", tmp_path / "models" / "shop"
     snapshot, blob = hub / "snapshots", hub / "blobs" / "b"
     for place in (snapshot, blob.parent, folder):
@@ -111,10 +114,9 @@ def test_what_links_in_the_model_folder_lead_to_is_mounted(machine: Path, tmp_pa
         assert f"--volume {place}:{place}:ro " in command
 
 
-def test_the_image_is_built_once_and_named_after_its_inputs(machine: Path, tmp_path: Path, run_here: RunHere) -> None:
-    program(machine, "nvidia-smi", NVIDIA_SMI)
+def test_the_image_is_built_once_and_named_after_its_inputs(host: Path, tmp_path: Path, run_here: RunHere) -> None:
     program(
-        machine,
+        host,
         "docker",
         DOCKER.replace(
             "run)", 'image) [ -e "$RECORD.made" ] && echo id;; build) touch="$RECORD.made"; : >"$touch";; run)'
@@ -135,19 +137,16 @@ def test_a_changed_dockerfile_gives_another_image(tmp_path: Path, monkeypatch: p
 
 
 def test_the_image_is_built_with_the_network_that_the_stacks_images_take(
-    machine: Path, tmp_path: Path, run_here: RunHere
+    host: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
-    program(machine, "nvidia-smi", NVIDIA_SMI)
-    program(machine, "docker", DOCKER)
     run_here("tensorrt-container", "--", "to-tensorrt", BUILD_NETWORK="host")
     assert f"build --tag {image_name('26.10')} --network host --file" in (tmp_path / "record").read_text()
 
 
 def test_the_requirements_of_a_model_folder_are_installed_in_an_image_on_top(
-    machine: Path, tmp_path: Path, run_here: RunHere
+    host: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
-    program(machine, "nvidia-smi", NVIDIA_SMI)
-    program(machine, "docker", DOCKER.replace("run)", 'build) cat "${@: -1}"/Dockerfile* >>"$RECORD" || true;; run)'))
+    program(host, "docker", DOCKER.replace("run)", 'build) cat "${@: -1}"/Dockerfile* >>"$RECORD" || true;; run)'))
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "requirements.txt").write_text("timm>=1\n")
     stage = ("--models", str(tmp_path), "--", "select-precision", "--model", "shop")
@@ -165,7 +164,3 @@ def test_an_invalid_tag_or_a_release_with_known_faults_is_refused(tag: str) -> N
     with pytest.raises(InputError, match="TRITON_TAG: seen"):
         check_tag(tag)
     assert check_tag("27.01") == "27.01"
-
-
-def test_the_dockerfile_and_the_code_have_the_same_tag() -> None:
-    assert f"ARG TRITON_TAG={TRITON_TAG}\n" in DOCKERFILE.read_text()
