@@ -307,6 +307,18 @@ def built_reranker(of_the_run: Path) -> Path:
     return once(folder, make)
 
 
+def serves(built: str) -> Any:
+    """The fixture `server` of a file: a Triton that serves the repository of the fixture `built`."""
+
+    @pytest.fixture(scope="module")
+    def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+        log = tmp_path_factory.mktemp("log") / "triton.log"
+        with EmbeddedServer(request.getfixturevalue(built) / "repository", **FREE, log_path=log) as running:
+            yield running
+
+    return server
+
+
 @pytest.fixture(params=["http", "grpc"])
 def client(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
     """A client of the module's server over each protocol."""

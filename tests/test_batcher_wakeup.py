@@ -139,9 +139,8 @@ def test_a_cancelled_call_is_answered_so_that_only_one_thread_releases_it(server
 
 @pytest.mark.parametrize("preloads", [True, False])
 def test_a_server_warns_without_it_unless_told_to_leave_it_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preloads: bool
+    tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch, preloads: bool
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     if preloads:
         monkeypatch.setenv("CC", "none")
     write_add_one(tmp_path / "repository")

@@ -122,10 +122,9 @@ def test_a_row_of_a_page_has_goal_result_and_where_it_was_measured() -> None:
 
 
 def test_publishing_leaves_out_runs_with_fewer_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     published = PUBLISHED.read_text()
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     monkeypatch.chdir(tmp_path)
     for page in (*PAGES, PUBLISHED):
         page.parent.mkdir(exist_ok=True)

@@ -21,9 +21,9 @@ from deepseek_client.cli.commands import connect
 from deepseek_client.tensors import listed_to_numpy
 from tritonclient.grpc import service_pb2
 
-from loadtests.results.settings import LoadSettings
 from tests.failing_servers import answering, grpc_answering, refuse, status
 from tests.fake_kserve import SIGNATURE, Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
+from tests.saved_runs import load_settings
 
 X = {"x": np.ones((1, 3), np.float32)}
 DATA = np.arange(3, dtype=np.float32).tobytes()
@@ -136,12 +136,13 @@ def test_a_body_without_end_is_not_read_beyond_the_limit(framing: str) -> None:
 @pytest.mark.parametrize("made_by", ["commands", "load test"])
 def test_commands_take_answers_beyond_the_clients_limit(made_by: str) -> None:
     """The answer ends early, so that nothing large is sent."""
-    access = LoadSettings(
-        model="m", models="models", inputs="", target="onnxruntime", protocol="http", url="h:1"
-    ).access
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 200000000\r\n\r\n"
     with answering(lambda connection: connection.sendall(head)) as (url, _):
-        made = connect(url, "http") if made_by == "commands" else InferenceClient(url, "http", retries=0, **access)
+        made = (
+            connect(url, "http")
+            if made_by == "commands"
+            else InferenceClient(url, "http", retries=0, **load_settings().access)
+        )
         with made as client, pytest.raises(ConnectionLost, match="before the answer was complete"):
             client.metadata("m")
 

@@ -73,14 +73,11 @@ def test_a_row_of_padding_and_unknown_ids_give_valid_embeddings(encoder: Sentenc
     torch.testing.assert_close(negative, unknown)
 
 
-def test_missing_or_broken_weights_are_an_error_that_says_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_missing_or_broken_weights_are_an_error_that_says_what_to_run(own_build: Path) -> None:
     with pytest.raises(InputError, match=r"no such file; fetch it"):
         model.load()
-    (tmp_path / "minilm").mkdir()
-    (tmp_path / "minilm" / "model.safetensors").write_bytes(b"half a file")
+    (own_build / "minilm").mkdir(parents=True)
+    (own_build / "minilm" / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(InputError, match=r"cannot be read .*; fetch it: deepseek train --model minilm"):
         model.load()
 

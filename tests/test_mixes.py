@@ -13,14 +13,13 @@ from loadtests.load import inputs
 from loadtests.load.inputs import length_classes, read_inputs, shuffled
 from loadtests.results.mixes import Mix, runs_of
 from loadtests.results.settings import LoadSettings
-from tests.saved_runs import saved_run, steady
+from tests.saved_runs import load_settings, saved_run, steady
 
 SLO_RATES = {"a": 100.0, "b": 40.0}
-FIXED: dict[str, Any] = {"model": "a", "models": "models", "target": "onnxruntime", "protocol": "grpc", "url": ""}
 
 
 def parts(mix: str, **load: Any) -> list[LoadSettings]:
-    found = Mix.parse(mix, SLO_RATES).parts(LoadSettings(**FIXED, inputs="", **load), {"a": "a.npz", "b": "b.npz"})
+    found = Mix.parse(mix, SLO_RATES).parts(load_settings(**load), {"a": "a.npz", "b": "b.npz"})
     assert [each.inputs for each in found] == [f"{each.model}.npz" for each in found]
     assert {each.mix for each in found} == {"".join(mix.split())}
     return found
@@ -43,7 +42,7 @@ def test_without_a_rate_every_model_gets_at_least_its_slos_rate(mix: str, least:
 def test_without_weights_each_model_gets_exactly_its_slos_rate() -> None:
     rates: dict[str, float | None] = {"a": 15.0, "b": 40.0}
     mix = Mix.parse("a,b", rates)
-    found = mix.parts(LoadSettings(**FIXED, inputs="", rate_rps=mix.least_rate_rps), {"a": "", "b": ""})
+    found = mix.parts(load_settings(rate_rps=mix.least_rate_rps), {"a": "", "b": ""})
     assert {each.model: each.rate_rps for each in found} == rates
 
 
@@ -81,13 +80,12 @@ def test_a_mix_without_any_rate_asks_for_one() -> None:
         parts("a:3,b:1", users=1)
 
 
-def test_the_latest_run_of_the_same_mix_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_the_latest_run_of_the_same_mix_is_found(own_build: Path) -> None:
     for name, mix in (("1", "a:3,b:1"), ("2", "a:3,b:1"), ("3", "a:1,b:1"), ("4", None)):
         for model in "ab"[: 2 if mix else 1]:
-            saved_run(tmp_path / model / "loadtests" / name, steady(), model=model, mix=mix)
-    assert [run.folder for run in runs_of("a:3, b:1")] == [tmp_path / model / "loadtests" / "2" for model in "ab"]
-    assert runs_of("a:3,b:1", str(tmp_path / "b" / "loadtests" / "1"))[0].folder.name == "1"
+            saved_run(own_build / model / "loadtests" / name, steady(), model=model, mix=mix)
+    assert [run.folder for run in runs_of("a:3, b:1")] == [own_build / model / "loadtests" / "2" for model in "ab"]
+    assert runs_of("a:3,b:1", str(own_build / "b" / "loadtests" / "1"))[0].folder.name == "1"
     with pytest.raises(InputError, match=r"no load test of the mix a:9,b:1 .* make loadtest MIX=a:9,b:1"):
         runs_of("a:9,b:1")
     with pytest.raises(InputError, match="no load test of the mix a:3,b:1 in /x;"):

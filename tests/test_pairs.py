@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,13 @@ from export.checks.parity import compare_served
 from export.checks.parity_strings import AT
 from export.model_folder import ModelFolder
 from serving.embedded.launcher import EmbeddedServer
-from tests.conftest import FREE, RunHere
+from tests.conftest import RunHere, serves
 
 LONGEST = 66  # tokens of the checkpoint
 QUERY = "how long do eggs keep?"
 DOCUMENTS = ["about a week", "", "eggs, milk " * 30, "for two hours: 20 (25)", "x" * 5000, "Grüße 列車"]
 PAIRS = [*((QUERY, document) for document in DOCUMENTS), ("q " * 40, "d " * 50), ("q " * 5000, "d"), ("", "")]
-
-
-@pytest.fixture(scope="module")
-def server(built_reranker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """The model, served."""
-    log = tmp_path_factory.mktemp("log") / "triton.log"
-    with EmbeddedServer(built_reranker / "repository", **FREE, log_path=log) as running:
-        yield running
+server = serves("built_reranker")
 
 
 def scores_of_transformers(folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:

@@ -37,9 +37,8 @@ Shop = Callable[[list[str]], Path]
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: Patch) -> Shop:
+def shop(tmp_path: Path, own_build: Path, monkeypatch: Patch) -> Shop:
     """A function that writes lines into a log, sets DATA to it, and uses a new build folder."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
 
     def write(lines: list[str]) -> Path:
         path = tmp_path / "log.csv"

@@ -88,15 +88,14 @@ def test_the_journal_says_how_each_step_ended_even_after_a_kill(
     assert r"why \| not" in report(record, "text")
 
 
-def test_one_release_at_a_time_and_no_number_serves_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_one_release_at_a_time_and_no_number_serves_twice(own_build: Path) -> None:
     with exclusive("text") as releases:
         with pytest.raises(InputError, match="another release or rollback of text is under way"), exclusive("text"):
             pass
         ReleaseJournal(releases, "release", 4, before=3)
-        assert last_number(tmp_path / "repository" / "text") == 0  # it never came into the repository
+        assert last_number(own_build / "repository" / "text") == 0  # it never came into the repository
         ReleaseJournal(releases, "rollback", 3, before=5)
-    assert last_number(tmp_path / "repository" / "text") == 5
+    assert last_number(own_build / "repository" / "text") == 5
     assert [record.outcome for record in history("text")] == ["not finished", "not finished"]
 
 

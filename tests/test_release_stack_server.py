@@ -43,13 +43,12 @@ esac
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def host(tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with an env file of a GPU stack, and `docker` on PATH; `record` has its calls."""
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin", "docker", DOCKER)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     monkeypatch.setenv("RECORD", str(tmp_path / "record"))
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     (tmp_path / "env").write_text(GPU_ENV)
     return tmp_path
 

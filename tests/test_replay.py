@@ -20,10 +20,12 @@ from loadtests.load.traffic_file import read_traffic
 from loadtests.load.workers.sender import share_of
 from loadtests.report.run_tables import settings as settings_table
 from loadtests.results.run import Run
-from loadtests.results.settings import LoadSettings, Replay
+from loadtests.results.settings import Replay
 from loadtests.slo.slo_demands import in_flight_for
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, RunHere
+from tests.saved_runs import load_settings
+from tests.test_locustfile import SPEC
 
 MODEL = '''
 import numpy as np
@@ -43,14 +45,8 @@ CONFIG = """
 name: "{name}" backend: "python" max_batch_size: 8 instance_group {{ kind: KIND_CPU }}
 input {{ name: "x" data_type: TYPE_FP32 dims: [-1] }} output {{ name: "y" data_type: TYPE_FP32 dims: [-1] }}
 """
-SPEC = """
-name = "{name}"
-inputs.x = {{ dtype = "float32", shape = ["batch", "length"] }}
-outputs.y = {{ dtype = "float32", shape = ["batch", "length"] }}
-axes.batch = {{ min = 1, opt = 4, max = 8 }}
-axes.length = {{ min = 1, opt = 4, max = 64 }}
-slo = {{ p99_ms = 2000 }}
-"""
+LONG = SPEC.replace("axes.length = {{ min = 1, opt = 4, max = 8 }}", "axes.length = {{ min = 1, opt = 4, max = 64 }}")
+SLOW = LONG.replace("p99_ms = 200, rate_rps = 40", "p99_ms = 2000")
 LENGTHS = (4, 16, 64)
 ROWS = 30  # row k has the number k, and a length of LENGTHS[k % 3]
 
@@ -65,7 +61,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedS
             path.mkdir(parents=True)
         (folder / "repository" / name / "1" / "model.py").write_text(MODEL.format(log=folder / f"{name}.log"))
         (folder / "repository" / name / "config.pbtxt").write_text(CONFIG.format(name=name))
-        (folder / "models" / name / "deploy.toml").write_text(SPEC.format(name=name))
+        (folder / "models" / name / "deploy.toml").write_text(SLOW.format(name=name))
         np.savez(folder / "build" / name / "evaluation.npz", **rows)  # type: ignore[arg-type]
     with EmbeddedServer(folder / "repository", **FREE, log_path=folder / "triton.log") as server:
         yield server, folder
@@ -139,9 +135,8 @@ def test_several_models_are_replayed_as_a_mix(
 
 
 def test_requests_in_flight_are_bounded_by_the_busiest_second() -> None:
-    about: dict[str, Any] = {"model": "a", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": ""}
     recorded = Replay(file="traffic.csv", sha256="", speed=1.0, requests=1000, peak_rps=900.0)
-    settings = LoadSettings(**about, inputs="", replay=recorded, duration_s=1000.0)
+    settings = load_settings(replay=recorded, duration_s=1000.0)
     assert in_flight_for(settings, SloSpec(p99_ms=1000)) == 1800  # twice what may be in time; the mean rate is 1/s
 
 
@@ -151,9 +146,9 @@ def planned(served: tuple[EmbeddedServer, Path], csv: str, protocol: Literal["gr
     (folder / "traffic.csv").write_text(csv)
     traffic = read_traffic(folder / "traffic.csv", {"cart": ROWS})
     spec = DeploymentSpec.of_model("cart", folder / "models")
-    about: dict[str, Any] = {"model": "cart", "models": "", "target": "onnxruntime", "protocol": protocol}
     url = server.grpc_url if protocol == "grpc" else server.http_url
-    settings = LoadSettings(**about, url=url, inputs=str(folder / "build" / "cart" / "evaluation.npz"))
+    inputs = str(folder / "build" / "cart" / "evaluation.npz")
+    settings = load_settings(model="cart", protocol=protocol, url=url, inputs=inputs)
     return replay_of(traffic, with_replay(settings, traffic, 1.0), spec)["row"].tolist()
 
 

@@ -139,16 +139,14 @@ def test_only_requests_within_the_window_are_counted_by_length() -> None:
     assert list(recorder.take_lengths()) == []
 
 
-def test_a_run_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_a_run_that_fails_leaves_no_folder(own_build: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt), new_run(runs_folder("tiny")) as draft:
         (draft / "run.json").write_text("{")
         raise KeyboardInterrupt
-    assert list((tmp_path / "tiny" / "loadtests").iterdir()) == []
+    assert list((own_build / "tiny" / "loadtests").iterdir()) == []
 
 
-def test_a_killed_runs_draft_is_cleared_and_never_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_a_killed_runs_draft_is_cleared_and_never_the_latest(own_build: Path) -> None:
     code = "from loadtests.results.run import new_run, runs_folder\nwith new_run(runs_folder('tiny')) as d:\n"
     code += "    (d / 'run.json').touch(); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed:
@@ -163,8 +161,7 @@ def test_a_killed_runs_draft_is_cleared_and_never_the_latest(tmp_path: Path, mon
     assert list(published.parent.iterdir()) == [latest_run("tiny")] == [published]
 
 
-def test_a_new_run_is_the_latest_though_the_clock_was_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_a_new_run_is_the_latest_though_the_clock_was_set_back(own_build: Path) -> None:
     for name in ("2999-01-01T00-00-00.999Z", "before the change"):  # the second is a user's copy
         (runs_folder("tiny") / name).mkdir(parents=True)
         (runs_folder("tiny") / name / "run.json").touch()

@@ -59,10 +59,7 @@ def test_a_candidate_that_does_not_run_is_refused_with_its_reason(
     assert select_precision._failure(IMAGE, "fp16", target) == why
 
 
-def test_a_candidate_that_could_not_be_made_is_refused_with_its_recorded_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_a_candidate_that_could_not_be_made_is_refused_with_its_recorded_reason(own_build: Path) -> None:
     found = []
     for artifact in (engine_path("image", "fp16", "tensorrt"), onnx_path("image", "fp16")):
         artifact.parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +133,10 @@ def test_each_number_of_the_table_says_its_rows(capsys: pytest.CaptureFixture[st
 
 
 @pytest.fixture
-def text(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_children: None) -> Path:
+def text(built: Path, tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch, no_children: None) -> Path:
     """A folder with `models/` and `build/` of the model `text` that the test may change; all variants are as fast."""
     shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
     shutil.copytree("tests/models/text", tmp_path / "models" / "text")
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     monkeypatch.setattr(select_precision, "time_interleaved", lambda timers: {name: [1.0] * 4 for name in timers})
     return tmp_path
 

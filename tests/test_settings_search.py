@@ -200,8 +200,7 @@ def test_layouts_share_the_cores_or_take_turns() -> None:
     assert len(space.varied(SLOW)) == 2 + 2  # two layouts, batches of 1 and 4
 
 
-def test_the_default_has_the_measured_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
+def test_the_default_has_the_measured_batch(own_build: Path) -> None:
     spec = DeploymentSpec.load("tests/models/image")
     found = ServingSettings.of(spec, "onnxruntime", 2)
     assert str(found) == "2 instances x 1 thread, batches of 8, delay 0 us"

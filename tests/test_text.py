@@ -7,7 +7,6 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from deepseek_client import InferenceClient, InferenceError, InvalidInput
+from deepseek_client import InferenceClient, InvalidInput
 from tokenizers import Tokenizer
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -33,7 +32,7 @@ from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
-from tests.conftest import FREE, RunHere
+from tests.conftest import RunHere, serves
 from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter, statistics
 
@@ -50,14 +49,7 @@ TEXTS = {
     "100 kB": "a long text " * 8500,
     "one long word": "x" * 100_000,
 }
-
-
-@pytest.fixture(scope="module")
-def server(built_sentence: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """The model, served."""
-    log = tmp_path_factory.mktemp("log") / "triton.log"
-    with EmbeddedServer(built_sentence / "repository", **FREE, log_path=log) as running:
-        yield running
+server = serves("built_sentence")
 
 
 def ids_of(text: str) -> tuple[dict[str, np.ndarray], int]:
@@ -162,21 +154,6 @@ def ask(server: EmbeddedServer, body: bytes) -> tuple[int, str]:
             return answer.status, ""
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())["error"]
-
-
-def test_a_bad_text_fails_alone(server: EmbeddedServer) -> None:
-    with InferenceClient(server.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
-
-        def call(text: str | bytes) -> str:
-            try:
-                return str(client.infer("sentence", {"text": [text]})["embedding"].shape)
-            except InferenceError as error:
-                return type(error).__name__
-
-        answers = list(pool.map(call, ["a text", b"\xff"] * 40))
-    assert answers == ["(1, 32)", "InvalidInput"] * 40
-    labels = '{model="sentence",reason="INTERNAL",version="1"}'  # callers' mistakes are not counted
-    assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 0
 
 
 def test_a_request_that_triton_should_refuse_fails_alone(server: EmbeddedServer) -> None:

@@ -92,9 +92,8 @@ def test_a_killed_search_leaves_no_server(image: list[str], tmp_path: Path) -> N
 
 
 @pytest.fixture
-def computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def computed(tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The options of a search over a copy of the model `image`, on computed servers."""
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     (tmp_path / "models" / "image").mkdir(parents=True)
     deploy = Path("tests/models/image/deploy.toml").read_text()
     (tmp_path / "models" / "image" / "deploy.toml").write_text(f'tuned = "tuned.toml"\n{deploy}')

@@ -22,7 +22,7 @@ from loadtests.results.settings import LoadSettings
 from loadtests.slo.judge import judge
 from tests.conftest import RunHere
 from tests.fake_endpoint import FakeEndpoint
-from tests.saved_runs import saved_run, steady
+from tests.saved_runs import load_settings, saved_run, steady
 from tests.test_locustfile import SPEC
 
 LOOK_S = 90
@@ -35,8 +35,7 @@ def load(tmp_path: Path, own_build: Path) -> ModelLoad:
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny" / "deploy.toml").write_text(SPEC.format(name="tiny"))
     spec = DeploymentSpec.of_model("tiny", tmp_path / "models")
-    where: dict[str, Any] = {"model": "tiny", "models": "", "target": "onnxruntime", "protocol": "grpc", "url": ""}
-    settings = LoadSettings(**where, inputs="", rate_rps=20.0, duration_s=float(LOOK_S), warmup_s=5.0)
+    settings = load_settings(rate_rps=20.0, duration_s=float(LOOK_S), warmup_s=5.0)
     slo = spec.slo.model_copy(update={"rate_rps": 20.0})
     served = ModelMetadata(name="tiny", versions=("1",), platform="", inputs=(), outputs=(), max_batch_size=1)
     return ModelLoad(settings=settings, spec=spec.model_copy(update={"slo": slo}), served=served)

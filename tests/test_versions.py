@@ -292,16 +292,15 @@ def test_a_rollback_killed_while_it_archives_counts_as_done(
 
 @pytest.mark.parametrize(("state", "bad"), [("failed", True), ("inconclusive", False), ("wrong input", False)])
 def test_only_a_failed_gate_counts_against_a_version_later(
-    state: str, bad: bool, candidate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: str, bad: bool, candidate: Path, own_build: Path
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path))
     own = candidate / "text" / "1" / "manifest.json"
     with exclusive("text") as releases:
-        journal = ReleaseJournal(releases, "release", 2, before=1, repository=str(tmp_path / "live"))
+        journal = ReleaseJournal(releases, "release", 2, before=1, repository=str(own_build / "live"))
         journal.keep(MANIFEST, own.read_text())
         journal.write(step="shadow", state=state, said="why")
         journal.write(outcome="refused")
-    fate = last_fate("text", PublishedManifest.load(own).files, tmp_path / "live")
+    fate = last_fate("text", PublishedManifest.load(own).files, own_build / "live")
     assert fate is not None
     assert (fate.outcome, fate.bad) == ("refused", bad)
 

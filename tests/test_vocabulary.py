@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
-from tests.conftest import FREE, RunHere
+from tests.conftest import RunHere, serves
 from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter, statistics
 from tests.test_openai import call
@@ -39,14 +38,7 @@ VOCABULARY = Vocabulary(MODELS / "shop" / "catalogue.csv")
 NAMES = [name.decode() for name in VOCABULARY.names]
 SEEN = np.zeros((1, 6), np.int64)
 METRICS = [f'onnxruntime_vocabulary_{name}{{model="shop",version="1"}}' for name in ("names", "unknown_names")]
-
-
-@pytest.fixture(scope="module")
-def server(built_shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """The model, served."""
-    log = tmp_path_factory.mktemp("log") / "triton.log"
-    with EmbeddedServer(built_shop / "repository", **FREE, log_path=log) as running:
-        yield running
+server = serves("built_shop")
 
 
 def k_of(*numbers: int) -> np.ndarray:

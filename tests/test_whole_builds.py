@@ -61,9 +61,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     ["train", "prune", "to_onnx", "quantize fp16", "quantize int8", "to_torchscript", "select_precision", "publish"],
 )
 def test_a_stage_reads_only_the_keys_of_deploy_toml_that_the_pipeline_declares(
-    name: str, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: set[str], no_children: None
+    name: str, built: Path, tmp_path: Path, own_build: Path, read: set[str], no_children: None
 ) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
     model = "image" if name == "prune" else "text"
     shutil.copytree(built / "build" / model, tmp_path / "build" / model)
     known = {"model": model, "models": Path("tests/models"), "prune": 0.25 if name == "prune" else None}
