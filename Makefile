@@ -46,3 +46,10 @@ help help-all:
 
 help-%:
 	@$(or $(ANY_PYTHON),python3) -m cli --make $* --help
+
+# ---- former names ---------------------------------------------------------------------------------
+.PHONY: compare compare-runs
+compare: parity
+	@echo "note: make compare is now make parity" >&2
+compare-runs: regression
+	@echo "note: make compare-runs is now make regression" >&2

@@ -54,7 +54,8 @@ def _everything(make: bool) -> Iterator[str]:
         if make:
             variables = [*filter(None, (option.variable_name for option in command.options))]
             variables += [command.flags_variable] if command.flags_variable else []
-            yield from wrap(" ".join(variables), WIDTH, initial_indent=" " * 23, subsequent_indent=" " * 23)
+            former = f" (formerly {', '.join(command.aliases)})" if command.aliases else ""
+            yield from wrap(" ".join(variables) + former, WIDTH, initial_indent=" " * 23, subsequent_indent=" " * 23)
     yield f"\n{_HELP_OF_ONE[make]}"
 
 

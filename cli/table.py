@@ -38,6 +38,8 @@ class Command:
     """Whole lines, such as `deepseek loadtest --rate 200  # comment`."""
     notes: str = ""
     """More text for the help page."""
+    aliases: tuple[str, ...] = ()
+    """Former names."""
     in_short_help: bool = False
     """Listed by `make` and `deepseek`, with the first example; --all and `make help-all` list all commands."""
     flags_variable: str = ""

@@ -12,9 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from cli.commands import COMMANDS
+from cli.commands import BY_NAME, COMMANDS
 from cli.table import HIDDEN
 
+TARGETS = re.findall(
+    r"\S+",
+    """demo engine doctor serve infer compare parity metadata release retrain rollback releases keys stack loadtest
+    verdict capacity compare-runs regression tune report profile simulate-scale kubernetes plan setup check-engine
+    test lint measure-training measure-failure bench lock clean clean-cache distclean help help-all check test-all
+    new""",
+)
+VARIABLES = re.findall(
+    r"\S+",
+    """MODEL MODELS DATA PRECISION PRUNE TARGET TRITON_TAG NATIVE ANYWAY HTTP_PORT GRPC_PORT METRICS_PORT OPENAI_PORT
+    POLL_S PROTOCOL URL CA_CERT ROW RATE SHAPE USERS MIX WORKERS DURATION_S WEB WEB_PORT RUN REQUESTS BUDGET_S BASE NEW
+    NEW_BUILD PROJECT GATEWAY_PORT LOCAL_PORTS GATEWAY_HOSTS NAME REVOKE EXPIRES_DAYS KEY_RPS REGISTRY IMAGE_TAG MODELS_URL
+    AUTOSCALER TRAFFIC SCALE P99_MS PRESET ONNX LAYERS HIDDEN HEADS LENGTH BATCH DEVICES MEASURE PLAN BUILD REPOSITORY
+    VENV ENV_FILE CACHE CACHE_GIB""",
+)
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")}
 
 
@@ -45,7 +60,15 @@ def test_help_lists_every_target_with_its_variables_and_each_has_a_page() -> Non
         assert (f"\n  {command.name} " in text and command.help in text) is (command.group not in HIDDEN)
     assert " NAME EXPIRES_DAYS KEY_RPS BULK REVOKE " in text
     assert "\n  EXPIRES_DAYS=N " in make("help-keys").stdout
-    assert make("--dry-run", *(each.name for each in COMMANDS if each.group not in HIDDEN)).returncode == 0
+
+
+def test_former_targets_and_variables_still_work() -> None:
+    run = make("--dry-run", *TARGETS)
+    assert run.returncode == 0, run.stderr
+    known = {option.variable_name for command in COMMANDS for option in command.options}
+    known |= {command.flags_variable for command in COMMANDS}
+    assert set(VARIABLES) <= known
+    assert {BY_NAME[name].name for name in ("compare", "compare-runs")} == {"parity", "regression"}
 
 
 @pytest.fixture
@@ -130,6 +153,11 @@ def test_distclean_finds_what_was_built_and_keeps_sources_and_the_users_files(tm
     assert run.returncode == 0, run.stderr
     kept = {"text", "1", "config.pbtxt"} if repository == "nosuch" else set()
     assert {path.name for path in tmp_path.rglob("*")} == {"build", "repository", "notes", "README.md", ".env"} | kept
+
+
+def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callable[..., list[str]]) -> None:
+    assert called("compare")[-1] == "-m cli --make parity"
+    assert called("compare-runs")[-1] == "-m cli --make regression"
 
 
 @pytest.mark.parametrize(

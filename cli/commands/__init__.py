@@ -37,4 +37,4 @@ _BY_GROUP: dict[str, tuple[Command, ...]] = {
     "Internal": (*composed.INTERNAL, *build.INTERNAL, *serve.INTERNAL, *measure.INTERNAL, *internal.ROWS),
 }
 COMMANDS = tuple(replace(row, group=group) for group, rows in _BY_GROUP.items() for row in rows)
-BY_NAME = {command.name: command for command in COMMANDS}
+BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}

@@ -68,5 +68,6 @@ ROWS = (
             "deepseek parity --model recommender",
             "deepseek parity --url 10.0.0.5:8001 --http-url 10.0.0.5:8000 --json",
         ),
+        aliases=("compare",),
     ),
 )

@@ -148,6 +148,7 @@ REGRESSION = Command(
         "deepseek regression --base ../main/model_repository --new model_repository --pairs 12 --threshold 3",
     ),
     notes="Exit codes: 0 no worse, 1 worse, 3 inconclusive. docs/capacity.md",
+    aliases=("compare-runs",),
 )
 TUNE = Command(
     "tune",
