@@ -21,9 +21,9 @@ from deepseek_client import AccessDenied, InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec
 from deepseek.spec.children import free_ports
+from deepseek.spec.stack_triton import stack_command
 from loadtests.results.settings import LoadSettings
 from loadtests.search.local_server import local_server
-from loadtests.search.stack_command import stack_command
 from serving.release.versions import move_in, stage
 from serving.stack.api_keys import new_key
 from serving.stack.refresh import refresh

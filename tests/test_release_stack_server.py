@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 from argparse import Namespace
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from unittest.mock import Mock
 
 import numpy as np
@@ -17,15 +18,16 @@ from deepseek_client import InferenceClient
 import cli.release
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError, Target
-from deepseek.spec.stack_triton import built_triton
+from deepseek.spec.child_server import ChildServer
+from deepseek.spec.stack_triton import stack_command
 from deepseek.spec.tables import OnnxRuntimeSpec
 from export.publishing.triton_config import config_text, model_config
 from loadtests.search.local_server import EMBEDDED
-from loadtests.search.stack_command import server_command, stack_command
+from loadtests.search.server_command import server_command
 from serving.embedded.model_control import is_ready
 from serving.release.candidate import Candidate
 from serving.release.journal import ReleaseJournal
-from serving.release.stack_server import StackServer, check_stack, needs_stack, stack_server
+from serving.release.stack_server import check_stack, needs_stack, start_on_stack
 from tests.add_one import write_add_one
 from tests.test_tensorrt_container import program
 
@@ -53,9 +55,10 @@ def host(tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def server(host: Path) -> AbstractContextManager[StackServer]:
-    how: dict[str, Any] = {"env_file": host / "env", "log_path": host / "triton.log", "timeout_s": 60}
-    return stack_server(host / "new", built_triton(host / "env"), **how)
+@contextmanager
+def server(host: Path) -> Iterator[ChildServer]:
+    with ExitStack() as stack:
+        yield start_on_stack(stack, stack_command(host / "env"), host / "new", host / "triton.log", 60)
 
 
 @pytest.mark.server
@@ -200,4 +203,4 @@ def test_what_the_stacks_server_needs_is_named_with_the_other_way_to_tune(
     else:
         monkeypatch.setenv("BUILT", "1")
     with pytest.raises(InputError, match=f"^--server stack: {reason}.*, or give the command of a server: --server '"):
-        stack_command(host / "env")
+        server_command("stack", DeploymentSpec.load("tests/models/text"), "tensorrt", host / "env")

@@ -1,11 +1,13 @@
-"""The compose stack's Triton, built to run alone over another repository, while the stack keeps serving.
+"""The command that runs the compose stack's Triton alone over another repository, while the stack keeps serving.
 
-Contract: reads the env file, and the compose files and scripts in the current folder.
+Contract: a template for `deepseek.spec.child_server`. It reads the env file, and the compose files and scripts in the
+current folder. Only `triton` is started; its ports are on loopback.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,8 +19,8 @@ ALONE_FILE = "docker/compose.tune.yaml"
 SCRIPT = "docker/stack-server.sh"
 
 
-def built_triton(env_file: Path) -> str:
-    """Builds the image of the env file's Triton if it is not up to date; returns the COMPOSE_FILE for SCRIPT.
+def stack_command(env_file: Path) -> str:
+    """The command for the env file's Triton; builds its image if that is not up to date.
 
     Raises InputError without the env file, without Docker, or if the image cannot be built.
     """
@@ -39,4 +41,5 @@ def built_triton(env_file: Path) -> str:
     if built.returncode:
         reason = (built.stderr.strip().splitlines() or [f"exit code {built.returncode}"])[-1]
         raise InputError(f"the image of the stack's Triton cannot be built ({reason}); see docker compose build triton")
-    return compose_file
+    ports = "{repository} {http_port} {grpc_port}"
+    return f"env COMPOSE_FILE={shlex.quote(compose_file)} {SCRIPT} {ports} {shlex.quote(str(env_file))}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
+from deepseek.spec.child_server import NotServed
 from deepseek.spec.objectives import formatted
 from loadtests.load.measure import START_S
 from loadtests.regression.compared_version import VARIABLES, ComparedVersion
@@ -31,7 +32,7 @@ from loadtests.results.run import Run
 from loadtests.results.schedule import segments_of
 from loadtests.results.settings import LoadSettings
 from loadtests.search.highest_rate import UNDECIDED, RateSearch, rounded
-from loadtests.search.local_server import LocalServer, NotServed, local_server
+from loadtests.search.local_server import LocalServer, local_server
 from loadtests.search.slo_at_rate import bound_rates
 from loadtests.search.trial_runner import DEFAULT_START_RPS, TrialRunner, ready
 
@@ -108,12 +109,12 @@ class ServedVersion:
         return run
 
     def _check_alive(self) -> None:
-        if self.server.process.poll() is None and ready(self.runner.settings):
+        if self.server.child.process.poll() is None and ready(self.runner.settings):
             return
         with suppress(subprocess.TimeoutExpired):  # the launcher notices a moment later and logs the reason
-            self.server.process.wait(5)
-        reason = self.server.last_words or "it no longer answers"
-        raise _down(self.version, f"died under load: {reason} (log: {self.server.log})")
+            self.server.child.process.wait(5)
+        reason = self.server.child.last_words or "it no longer answers"
+        raise _down(self.version, f"died under load: {reason} (log: {self.server.child.log})")
 
 
 def _down(version: ComparedVersion, what: str) -> Exception:

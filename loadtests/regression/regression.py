@@ -37,7 +37,7 @@ from loadtests.regression.comparison import (
 from loadtests.regression.interleaved_runs import InterleavedPlan, interleaved
 from loadtests.results.run import Run
 from loadtests.search.local_server import settings_of_local
-from loadtests.search.stack_command import server_command
+from loadtests.search.server_command import server_command
 
 Versions = tuple[ComparedVersion, ComparedVersion]
 TITLES: dict[Conclusion, str] = {

@@ -1,8 +1,7 @@
-"""Runs a server over a model repository, as a child process, for the length of a `with` block.
+"""A server of its own for a load: settings with its addresses, and the wait until it answers for the model.
 
-Contract: the command is a template with {repository}, {http_port}, {grpc_port}, {metrics_port} and {openai_port}; the
-ports are free ones. The server ends with the block, and also if this process is killed. Its output is in
-`<folder>/server.log`; the embedded server writes its own log beside it.
+Contract: `deepseek.spec.child_server` runs the command. Its output is in `<folder>/server.log`; the embedded server
+writes its own log beside it.
 
 Example:
     with local_server(EMBEDDED, repository, folder, settings) as server:
@@ -12,13 +11,9 @@ Example:
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -27,8 +22,7 @@ from pathlib import Path
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.children import ends_with_us, free_ports, last_line, our_environment
-from deepseek.spec.files.folders import let_all_read
+from deepseek.spec.child_server import ChildServer, child_server
 from loadtests.load.settings_from_options import inputs_of
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.slo_demands import timeout_for
@@ -39,27 +33,13 @@ EMBEDDED = (
     "--grpc-port {grpc_port} --metrics-port {metrics_port} --openai-port {openai_port} --exit-timeout-s 1"
 )
 START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 20.0
-
-
-class NotServed(InputError):
-    """The server does not start; the reason is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalServer:
     settings: LoadSettings
     """Those given, with the addresses of this server."""
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    @property
-    def last_words(self) -> str:
-        """Why the server ended; empty while it runs."""
-        status = self.process.poll()
-        if status is None:
-            return ""
-        return last_line(self.log.read_text(errors="replace")) or f"ended with status {status}"
+    child: ChildServer
 
 
 def settings_of_local(options: argparse.Namespace, spec: DeploymentSpec, command: str) -> LoadSettings:
@@ -85,58 +65,25 @@ def settings_of_local(options: argparse.Namespace, spec: DeploymentSpec, command
 @contextmanager
 def local_server(command: str, repository: Path, folder: Path, settings: LoadSettings) -> Iterator[LocalServer]:
     """Serves `repository`; NotServed if the server does not start, InputError if `command` is not a valid template."""
-    ports = dict(zip(("http_port", "grpc_port", "metrics_port", "openai_port"), free_ports(4), strict=True))
-    url = f"127.0.0.1:{ports['grpc_port' if settings.protocol == 'grpc' else 'http_port']}"
-    route = settings.route and f"127.0.0.1:{ports['openai_port']}{settings.route}"
-    process = _started(command, repository, folder, ports)
-    try:
-        server = LocalServer(
-            settings=replace(settings, url=url, route=route), process=process, log=folder / "server.log"
-        )
-        _wait_until_ready(server)
-        yield server
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+    def ready(server: ChildServer) -> bool:
+        return _answers(_settings_at(server, settings))
+
+    log, build = folder / "server.log", str(folder)  # Triton's own log goes there, too
+    with child_server(command, repository, log, ready=ready, timeout_s=START_TIMEOUT_S, DEEPSEEK_BUILD=build) as server:
+        yield LocalServer(settings=_settings_at(server, settings), child=server)
 
 
-def _started(command: str, repository: Path, folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
-    try:
-        words = [part.format(repository=repository.resolve(), **ports) for part in shlex.split(command)]
-    except (KeyError, IndexError, ValueError) as error:
-        allowed = "{repository}, {http_port}, {grpc_port}, {metrics_port}, {openai_port}"
-        raise InputError(f"--server {command!r}: {error!r}; the allowed fields are {allowed}") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    let_all_read(repository)
-    try:
-        with (folder / "server.log").open("wb") as log:
-            return subprocess.Popen(
-                words,
-                env=our_environment(DEEPSEEK_BUILD=str(folder)),  # Triton's own log goes there, too
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches only this process, which then stops the server
-                preexec_fn=ends_with_us(),
-            )
-    except OSError as error:
-        raise InputError(f"--server: {words[0]} cannot be started: {error.strerror}") from None
+def _settings_at(server: ChildServer, settings: LoadSettings) -> LoadSettings:
+    url = server.grpc_url if settings.protocol == "grpc" else server.http_url
+    return replace(settings, url=url, route=settings.route and f"{server.openai_url}{settings.route}")
 
 
-def _wait_until_ready(server: LocalServer) -> None:
-    settings, ends_at = server.settings, time.monotonic() + START_TIMEOUT_S
+def _answers(settings: LoadSettings) -> bool:
     host, _, port = settings.place.partition(":")
-    with InferenceClient(settings.url, settings.protocol, timeout_s=2, retries=0) as client:
-        while time.monotonic() < ends_at:
-            if server.process.poll() is not None:
-                raise NotServed(server.last_words)
-            with suppress(InferenceError, OSError):
-                if client.ready(settings.model):
-                    socket.create_connection((host, int(port)), 2).close()  # the routes open after the model
-                    return
-            time.sleep(0.1)
-    raise NotServed(f"not ready within {START_TIMEOUT_S:g} s")
+    client = InferenceClient(settings.url, settings.protocol, timeout_s=2, retries=0)
+    with client, suppress(InferenceError, OSError):
+        if client.ready(settings.model):
+            socket.create_connection((host, int(port)), 2).close()  # the routes open after the model
+            return True
+    return False

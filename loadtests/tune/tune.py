@@ -30,8 +30,8 @@ from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.machine.cpu import this_cpu
 from loadtests.report.searches import tuning_page
 from loadtests.search.local_server import EMBEDDED, settings_of_local
+from loadtests.search.server_command import server_command
 from loadtests.search.slo_at_rate import objective_lines
-from loadtests.search.stack_command import server_command
 from loadtests.tune.candidate_server import TuneConditions
 from loadtests.tune.search_space import SearchSpace, ServingSettings
 from loadtests.tune.settings_search import SettingsSearch

@@ -24,17 +24,18 @@ from deepseek.spec import (
     PublishedManifest,
     build_dir,
 )
+from deepseek.spec.child_server import ChildServer
 from deepseek.spec.files.read_env_file import gpu_stack_tag
 from deepseek.spec.objectives import requests_to_prove
 from deepseek.spec.paired_drop import judge_drop, pair_values
-from deepseek.spec.stack_triton import built_triton
+from deepseek.spec.stack_triton import stack_command
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
 from serving.embedded.wheel import parts, scratch_place
 from serving.release.gate_commands import CommandResult, run_json
 from serving.release.journal import ReleaseJournal
-from serving.release.stack_server import StackServer, check_stack, needs_stack, stack_server
+from serving.release.stack_server import check_stack, needs_stack, start_on_stack
 from serving.release.step_runner import Skipped
 from serving.release.versions import copy_version, newest, same_as, stage
 from serving.repository.checks import MANIFEST
@@ -55,8 +56,8 @@ class Candidate:
         self.which = ("--model", options.model, "--models", str(options.models))
         self.on_stack = False
         """Whether a version on trial needs the stack's Triton."""
-        self._compose_file = ""  # of the stack's Triton
-        self._servers: dict[str, EmbeddedServer | StackServer] = {}
+        self._command = ""  # of the stack's Triton
+        self._servers: dict[str, EmbeddedServer | ChildServer] = {}
         self._parity: dict[str, Any] = {}
 
     @property
@@ -129,7 +130,7 @@ class Candidate:
         """
         began_s = time.monotonic()
         if self.on_stack:
-            self._compose_file = built_triton(self.options.env_file)
+            self._command = stack_command(self.options.env_file)
         else:
             parts()
             scratch_place()
@@ -139,18 +140,17 @@ class Candidate:
             raise GateFailed(f"it does not start: {error}") from None
         return f"ready after {time.monotonic() - began_s:.1f} s"
 
-    def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer | StackServer:
+    def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer | ChildServer:
         repository, log_path = self.scratch / side, self.journal.folder / f"triton-{side}.log"
         timeout_s: float = self.options.start_timeout_s
         if self.on_stack:
-            how = {"env_file": self.options.env_file, "log_path": log_path, "timeout_s": timeout_s}
-            return stack.enter_context(stack_server(repository, self._compose_file, **how))
+            return start_on_stack(stack, self._command, repository, log_path, timeout_s)
         server = EmbeddedServer(
             repository, http_port=0, grpc_port=0, metrics_port=0, log_path=log_path, timeout_s=timeout_s
         )
         return stack.enter_context(server)
 
-    def _base(self, stack: ExitStack) -> EmbeddedServer | StackServer:
+    def _base(self, stack: ExitStack) -> EmbeddedServer | ChildServer:
         assert self.before is not None
         if "base" not in self._servers:
             copy_version(self.model, self.before, number=self.before, folder=self.scratch / "base")
