@@ -88,7 +88,7 @@ def refined(key: str | None, **also: str) -> str | None:
 
 def predicted(key: str) -> dict[str, str] | None:
     """Digests, by name, of the files that a stage would take from the cache; None without an entry."""
-    if root() is None or not (_entry(key) / INDEX).is_file():
+    if root() is None or not os.path.isfile(_entry(key) / INDEX):
         return None
     try:
         files: dict[str, str] = json.loads((_entry(key) / INDEX).read_text())
@@ -127,7 +127,7 @@ def fill(
 def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = None) -> bool:
     """Copies the entry's files into the folder `destination`; False if it is missing, damaged or fails `check`."""
     entry = _entry(key)
-    if not (entry / INDEX).is_file():
+    if not os.path.isfile(entry / INDEX):  # Path.is_file raises if another user's entry may not be read
         return False
     try:
         files: Mapping[str, str] = json.loads((entry / INDEX).read_text())
@@ -244,4 +244,6 @@ def clear(options: argparse.Namespace) -> None:
         return
     size = sum(entries(place).values())
     trim(place, 0)
-    print(f"{place}: {human_bytes(size)} removed")
+    left = sum(entries(place).values())
+    kept = f", {human_bytes(left)} could not be removed" if left else ""
+    print(f"{place}: {human_bytes(size - left)} removed{kept}")

@@ -110,6 +110,23 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     assert not cache.fetch("k", folder(tmp_path / "out"))
 
 
+def test_an_entry_that_another_user_may_not_read_is_missing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a cache that two users share, one of them with umask 077."""
+    stat = os.stat
+
+    def denied(path: int | str | Path, **how: bool) -> os.stat_result:
+        if str(path).endswith(cache.INDEX):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **how)
+
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+    monkeypatch.setattr(os, "stat", denied)
+    assert cache.predicted("k") is None
+    assert not cache.fetch("k", folder(tmp_path / "out"))
+
+
 def test_with_the_cache_off_no_stage_has_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_CACHE", "off")
     monkeypatch.setenv(cache.STAGE_KEYS, '{"": "k"}')
@@ -173,3 +190,13 @@ def test_the_command_clears_the_cache(place: Path, tmp_path: Path, capsys: pytes
     cache.clear(values_of("clean-cache"))
     assert not list(place.iterdir())
     assert capsys.readouterr().out.endswith(" B removed\n")
+
+
+def test_the_command_counts_only_what_it_removed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+    monkeypatch.setattr(cache, "_remove", lambda _: None)  # as with another user's entry
+    cache.clear(values_of("clean-cache"))
+    (size,) = cache.entries(place).values()
+    assert capsys.readouterr().out.endswith(f": 0 B removed, {size} B could not be removed\n")

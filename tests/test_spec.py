@@ -189,7 +189,7 @@ def test_a_full_disk_and_a_file_where_a_folder_should_be_are_one_line_and_exit_2
         command = [sys.executable, "-m", "cli", "spec", "models/recommender", "--json"]
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    places = "(BUILD=, REPOSITORY=, CACHE=, ENV_FILE=, TMPDIR=)"
+    places = "(BUILD=, REPOSITORY=, MODELS=, CACHE=, ENV_FILE=, TMPDIR=)"
     assert f"No space left on device; free some space, or use another disk {places}" in run.stderr
     (tmp_path / "file").touch()
     environment, where = os.environ | {"DEEPSEEK_BUILD": str(tmp_path / "file")}, tmp_path / "file" / "gateway"

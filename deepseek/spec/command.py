@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
 
 
 # OS errors caused by a path that the user chose, and what to do about each.
-_PLACES = "(BUILD=, REPOSITORY=, CACHE=, ENV_FILE=, TMPDIR=)"
+_PLACES = "(BUILD=, REPOSITORY=, MODELS=, CACHE=, ENV_FILE=, TMPDIR=)"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PLACE_ERRORS = {
     **dict.fromkeys(_DISK, f"free some space, or use another disk {_PLACES}"),
