@@ -43,8 +43,8 @@ PRECISIONS: dict[Precision, PrecisionFacts] = {
         worst_error=1e-3,
         cosine=0.9999,
         common=0.99,
-        why_tolerances="Another order of summation costs about 1e-6; 1e-3 is also the limit of the export. TensorRT's "
-        "TF32 has 10 bits of mantissa, so a deep network may need the tolerances of fp16 there.",
+        why_tolerances="Another order of summation costs about 1e-6; 1e-3 is also the limit of the export. "
+        "TensorRT's TF32 has fp16's mantissa and gets its tolerances.",
     ),
     "fp16": PrecisionFacts(
         bits=16,

@@ -25,6 +25,7 @@ from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
 from deepseek.spec.machine.gpus import parse_gpus
 from deepseek.spec.tables import TargetSpec
 from export.artifact import choice_of, choice_path, digests, read_manifest, refuse, sha256, write_manifest
+from export.checks.parity_cases import tolerance_of
 from export.stages import publish
 from export.stages.publish import publish_version
 from export.stages.to_onnx import export_model
@@ -88,6 +89,18 @@ def test_a_compiled_engine_is_published_alone_and_its_manifest_lists_its_cuda_gr
     assert sorted(path.name for path in version.iterdir()) == ["config.pbtxt", "manifest.json", "model.plan"]
     manifest = PublishedManifest.load(version / "manifest.json")
     assert (manifest.target, manifest.settings["cuda_graph_batches"]) == ("tensorrt", [1, 2, 4])
+
+
+def test_an_fp32_engine_in_tf32_says_so(planned: Path, own_build: Path, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(planned.parent, own_build / "image" / "fp32" / "tensorrt")) / "model.plan"
+    for tf32, told in ((False, set()), (True, {"tf32"})):
+        made = read_manifest(engine).model_copy(update={"precision": "fp32", "found": {"tf32": tf32}})
+        write_manifest(engine.with_name("manifest.json"), made)
+        publish_version(IMAGE, "fp32", "tensorrt", tmp_path / "repository")
+        parameters = read_config(tmp_path / "repository" / "image" / "config.pbtxt").parameters
+        assert {*parameters} - {"precision"} == told
+    for parameters, like in ((["precision"], "fp32"), (["precision", "tf32"], "fp16")):
+        assert tolerance_of(IMAGE, "fp32", parameters).model_dump() == getattr(IMAGE.parity, like).model_dump()
 
 
 def test_among_several_kinds_of_gpu_an_engine_is_loaded_on_those_that_run_it(

@@ -47,6 +47,7 @@ from deepseek.spec import (
     InvalidMeasurement,
     Precision,
     Target,
+    Tolerance,
     build_dir,
     kept_for_json,
     variables_for,
@@ -65,6 +66,7 @@ from export.checks.parity_cases import (
     failures,
     float_inputs,
     rows_in,
+    tolerance_of,
     trials,
 )
 from export.checks.parity_strings import (
@@ -221,6 +223,7 @@ def compare_served(
             judges,
             module_predictor(spec, source.load()),
             served["precision"],  # type: ignore[arg-type]
+            tolerance_of(spec, served["precision"], endpoints[0].metadata.parameters),  # type: ignore[arg-type]
             lambda: (
                 None if ca_cert else execution_count(grpc_url, spec.name, served["version"])
             ),  # the gateway refuses it
@@ -253,10 +256,11 @@ def run_trials(
     judges: list[EndpointComparison],
     reference: Predict,
     precision: Precision,
+    tolerance: Tolerance,
     executions: Callable[[], int | None],
 ) -> dict[str, Any]:
     """Adds all checks to the judges; returns the tolerance, batching and the task metric."""
-    spec, tolerance = source.spec, source.spec.parity.of(precision)
+    spec = source.spec
     for at, outputs in trials(spec, rows):
         with log.status(at):
             expected = outputs(reference)

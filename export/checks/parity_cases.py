@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, ParitySpec, Precision, Tolerance
+from deepseek.spec.files.repository import TF32
 from deepseek.spec.paired_drop import DropJudgement, values_text
 from export.artifact import pruning_of
 from export.model_folder import ModelFolder, Predict
@@ -64,6 +65,11 @@ def same_engine(spec: DeploymentSpec) -> Tolerance:
         cosine=min(fp16.cosine, fp32.cosine),
         common=min(fp16.common, fp32.common),
     )
+
+
+def tolerance_of(spec: DeploymentSpec, precision: Precision, parameters: Collection[str]) -> Tolerance:
+    """The tolerance of a served model with these parameters; fp16's for an fp32 engine in TF32."""
+    return same_engine(spec) if TF32 in parameters else spec.parity.of(precision)
 
 
 def corners(spec: DeploymentSpec) -> list[dict[str, int]]:

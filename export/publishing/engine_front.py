@@ -13,7 +13,7 @@ from pathlib import Path
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from deepseek.spec import DeploymentSpec, Target
-from deepseek.spec.files.repository import CONFIG, ENGINE, engine_model
+from deepseek.spec.files.repository import CONFIG, ENGINE, TF32, engine_model
 from deepseek.spec.text import text_axis
 from deepseek.vocabulary import Vocabulary
 from export.publishing.triton_config import config_text, take_names, take_text
@@ -39,7 +39,8 @@ def put_front(
     front.dynamic_batching.CopyFrom(config.dynamic_batching)
     if config.HasField("model_metrics"):
         front.model_metrics.CopyFrom(config.model_metrics)
-    front.parameters["precision"].CopyFrom(config.parameters["precision"])
+    for name in {"precision", TF32} & {*config.parameters}:
+        front.parameters[name].CopyFrom(config.parameters[name])
     front.parameters[ENGINE].string_value = model.name
     if names is not None:
         take_names(front, spec, names)

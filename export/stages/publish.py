@@ -40,7 +40,7 @@ from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
 from deepseek.spec.files.measured_batches import read_measured
 from deepseek.spec.files.released import last_fate, last_number
-from deepseek.spec.files.repository import engine_model, versions_of
+from deepseek.spec.files.repository import TF32, engine_model, versions_of
 from deepseek.spec.files.version_files import add_version, move, retire
 from deepseek.spec.machine.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
@@ -217,6 +217,8 @@ def _stage(
     left_out = optimizers_left_out(engine) if target == "onnxruntime" else []
     warmup = {str(VERSION if front else version): row}
     config = model_config(spec, precision, target, warmup, device, left_out, on_gpus, plan, vocabulary)
+    if precision == "fp32" and built.found.get("tf32"):
+        config.parameters[TF32].string_value = "true"
     if front:
         config = put_front(config, spec, target, folder, row, vocabulary)
     else:
