@@ -7,11 +7,10 @@ import hashlib
 import io
 import os
 import re
+import socket
 import ssl
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -22,56 +21,41 @@ from serving.repository.fetch import fetch
 from serving.stack.certificate import ensure_certificate
 from tests.add_one import write_add_one
 from tests.conftest import RunHere
+from tests.failing_servers import accepting
+from tests.fake_kserve import http_answer
 
 
-class Store(ThreadingHTTPServer):
-    """Answers each path with what `answers` makes; keeps the request headers."""
-
-    scheme = "http"
+class Store:
+    """Answers each path with the bytes in `answers`, or with what makes them; keeps each path and its authorization."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, Callable[[Handler], None]] = {}
+        self.answers: dict[str, bytes | Callable[[socket.socket], bytes]] = {}
         self.seen: list[tuple[str, str | None]] = []
+        self.address = ""
+        self.tls: ssl.SSLContext | None = None
 
     def url(self, path: str) -> str:
-        return f"{self.scheme}://127.0.0.1:{self.server_port}{path}"
+        return f"{'https' if self.tls else 'http'}://{self.address}{path}"
 
-    def speak_tls(self, certificate: Path, key: Path) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        # The handshake is the request's thread's: one that fails does not end the server.
-        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-        self.scheme = "https"
+    def speak_tls(self, folder: Path) -> None:
+        ensure_certificate(folder, [])
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.tls.load_cert_chain(folder / "tls.crt", folder / "tls.key")
 
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignores callers that hang up."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Store
-
-    def do_GET(self) -> None:
-        self.server.seen.append((self.path, self.headers.get("Authorization")))
-        self.server.answers[self.path](self)
-
-    def give(self, body: bytes, status: int = 200, length: int | None = None, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body) if length is None else length), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Logs nothing."""
+    def serve(self, connection: socket.socket) -> None:
+        with self.tls.wrap_socket(connection, server_side=True) if self.tls else connection as stream:
+            head = stream.recv(65536).decode()
+            given = re.search(r"\r\nAuthorization: (.*)\r\n", head)
+            self.seen.append((head.split()[1], given[1] if given else None))
+            answer = self.answers[head.split()[1]]
+            stream.sendall(answer if isinstance(answer, bytes) else answer(stream))
 
 
 @pytest.fixture
 def store() -> Iterator[Store]:
-    with Store() as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield server
-        server.shutdown()
+    made = Store()
+    with accepting(made.serve) as made.address:
+        yield made
 
 
 @pytest.fixture
@@ -89,7 +73,7 @@ def into(tmp_path: Path) -> Path:
 
 
 def test_a_packed_repository_arrives_unchanged(store: Store, archive: tuple[bytes, str], into: Path) -> None:
-    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
+    store.answers["/m.tar.gz"] = http_answer(archive[0])
     found = fetch(store.url("/m.tar.gz"), archive[1], into, "Bearer x")
     assert found == {"size_bytes": len(archive[0]), "models": ["add_one"]}
     source = into.parent / "repository"
@@ -102,9 +86,8 @@ def test_a_packed_repository_arrives_unchanged(store: Store, archive: tuple[byte
 def test_over_https_the_stores_certificate_must_be_trusted(
     store: Store, archive: tuple[bytes, str], into: Path, tmp_path: Path, run_here: RunHere
 ) -> None:
-    ensure_certificate(tmp_path, [])
-    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
-    store.speak_tls(tmp_path / "tls.crt", tmp_path / "tls.key")
+    store.speak_tls(tmp_path)
+    store.answers["/m.tar.gz"] = http_answer(archive[0])
     arguments = ("--url", store.url("/m.tar.gz"), "--sha256", archive[1], "--into", str(into))
     stranger = run_here("fetch", *arguments)
     assert (stranger.returncode, stranger.stderr.count("\n")) == (1, 1)
@@ -126,7 +109,7 @@ def test_the_same_files_pack_into_the_same_bytes(archive: tuple[bytes, str], tmp
 
 
 def test_an_archive_with_another_checksum_is_not_unpacked(store: Store, archive: tuple[bytes, str], into: Path) -> None:
-    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0] + b"x")
+    store.answers["/m.tar.gz"] = http_answer(archive[0] + b"x")
     with pytest.raises(GateFailed, match="nothing was unpacked"):
         fetch(store.url("/m.tar.gz"), archive[1], into)
     assert list(into.iterdir()) == []
@@ -137,15 +120,17 @@ def test_a_connection_that_breaks_is_tried_again(
     store: Store, archive: tuple[bytes, str], into: Path, damages_tls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if damages_tls:
-        ensure_certificate(into.parent, [])
+        store.speak_tls(into.parent)
         monkeypatch.setenv("SSL_CERT_FILE", str(into.parent / "ca.crt"))
-        store.speak_tls(into.parent / "tls.crt", into.parent / "tls.key")
 
-    def broken_then_whole(request: Handler) -> None:
-        first = len(store.seen) == 1
-        request.give(archive[0][: 100 if first else None], length=len(archive[0]))
-        if first and damages_tls:
-            os.write(request.connection.fileno(), b"no TLS record")
+    def broken_then_whole(stream: socket.socket) -> bytes:
+        whole = http_answer(archive[0])
+        if len(store.seen) == 1:
+            stream.sendall(whole[:200])
+            if damages_tls:
+                os.write(stream.fileno(), b"no TLS record")
+            return b""
+        return whole
 
     store.answers["/m.tar.gz"] = broken_then_whole
     assert fetch(store.url("/m.tar.gz"), archive[1].upper(), into)["models"] == ["add_one"]
@@ -159,7 +144,7 @@ def test_a_full_disk_is_not_the_stores_fault(
         def write(self, _: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    store.answers["/m.tar.gz"] = lambda request: request.give(archive[0])
+    store.answers["/m.tar.gz"] = http_answer(archive[0])
     monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: Full())
     with pytest.raises(OSError, match="No space left on device"):
         fetch(store.url("/m.tar.gz"), archive[1], into)
@@ -167,12 +152,12 @@ def test_a_full_disk_is_not_the_stores_fault(
 
 
 def test_a_missing_archive_fails_at_once_and_a_broken_store_is_retried(store: Store, into: Path) -> None:
-    store.answers["/gone?signature=x"] = lambda request: request.give(b"", status=404)
+    store.answers["/gone?signature=x"] = http_answer(b"", status="404 Not Found")
     with pytest.raises(GateFailed, match="404") as error:
         fetch(store.url("/gone?signature=x"), "0" * 64, into)
     assert "signature" not in str(error.value)
     assert len(store.seen) == 1
-    store.answers["/broken"] = lambda request: request.give(b"", status=503)
+    store.answers["/broken"] = http_answer(b"", status="503 Busy")
     with pytest.raises(GateFailed, match="503"):
         fetch(store.url("/broken"), "0" * 64, into, retry_s=0.5)
     assert len(store.seen) == 3
@@ -181,8 +166,8 @@ def test_a_missing_archive_fails_at_once_and_a_broken_store_is_retried(store: St
 def test_the_authorization_goes_to_the_url_and_not_to_where_it_redirects(
     store: Store, archive: tuple[bytes, str], into: Path
 ) -> None:
-    store.answers["/m.tar.gz"] = lambda request: request.give(b"", status=302, Location=store.url("/elsewhere"))
-    store.answers["/elsewhere"] = lambda request: request.give(archive[0])
+    store.answers["/m.tar.gz"] = http_answer(b"", f"Location: {store.url('/elsewhere')}", status="302 Found")
+    store.answers["/elsewhere"] = http_answer(archive[0])
     fetch(store.url("/m.tar.gz"), archive[1], into, "Bearer x")
     assert store.seen == [("/m.tar.gz", "Bearer x"), ("/elsewhere", None)]
 
@@ -212,7 +197,7 @@ def packed(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
 def test_members_outside_the_folder_links_devices_and_other_files_are_refused(
     store: Store, into: Path, content: bytes, said: str
 ) -> None:
-    store.answers["/m"] = lambda request: request.give(content)
+    store.answers["/m"] = http_answer(content)
     with pytest.raises(GateFailed, match=re.escape(said)):
         fetch(store.url("/m"), hashlib.sha256(content).hexdigest(), into)
     assert not (into.parent / "outside").exists()

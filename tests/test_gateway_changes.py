@@ -136,18 +136,6 @@ def end_of(gateway: Gateway) -> float:
     return x509.load_der_x509_certificate(shown).not_valid_after_utc.timestamp()
 
 
-def test_a_key_of_another_kind_than_the_certificates_is_not_loaded(running: Gateway) -> None:
-    """nginx loads an RSA key beside an EC certificate, and then no caller can connect."""
-    key, before = running.folder / "tls.key", served_certificate(running)
-    own = key.read_bytes()
-    key.write_bytes(subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True).stdout)
-    wait_for(lambda: told(running)[1] == 1)
-    assert served_certificate(running) == before
-    assert "key values mismatch" in running.log_path.read_text()
-    key.write_bytes(own)
-    wait_for(lambda: told(running)[1] == 0)
-
-
 def test_a_removed_certificate_stays_in_effect_until_a_new_pair_is_complete(
     running: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,13 +159,18 @@ def test_a_removed_certificate_stays_in_effect_until_a_new_pair_is_complete(
 
 
 def test_a_change_that_cannot_be_loaded_is_reported_until_it_is_undone(running: Gateway) -> None:
-    for name in ("tls.key", "limits.conf"):
+    """nginx itself loads an RSA key beside an EC certificate, and then no caller can connect."""
+    rsa = subprocess.run(["openssl", "genrsa", "2048"], capture_output=True, check=True).stdout
+    before = served_certificate(running)
+    for name, bad in (("tls.key", b"nothing"), ("tls.key", rsa), ("limits.conf", b"nothing")):
         good = (running.folder / name).read_bytes()
-        (running.folder / name).write_text("nothing")
-        wait_for(lambda: running.metrics()[PENDING], lambda found: found == 1)
+        (running.folder / name).write_bytes(bad)
+        wait_for(lambda: told(running)[1] == 1)
         assert running.http("POST", INFER, body=json_body())[0] == 200
+        assert served_certificate(running) == before
         (running.folder / name).write_bytes(good)
-        wait_for(lambda: running.metrics()[PENDING], lambda found: found == 0)
+        wait_for(lambda: told(running)[1] == 0)
+    assert "key values mismatch" in running.log_path.read_text()
 
 
 # ---- the addresses of its servers ------------------------------------------------------------------

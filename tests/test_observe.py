@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.server
 import json
 import re
-import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from serving.repository.served_models import ServedModel, served_models
 from serving.stack.gateway_limits import limits
 from tests.add_one import write_add_one
 from tests.conftest import FREE, RunHere
+from tests.fake_kserve import http_answer, http_serving
 from tests.gateway import Gateway, free_port, json_body, skip_without_nginx, wait_for
 from tests.test_onnxruntime_backend import write_fragile
 
@@ -45,37 +44,21 @@ slo = {p99_ms = 5000, max_error_rate = 0.001}
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 
-class Collector(http.server.ThreadingHTTPServer):
-    """Receives spans by OTLP over HTTP, as JSON, on loopback."""
+@dataclass
+class Collector:
+    """Receives spans by OTLP over HTTP, as JSON."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Receiver)
-        self.spans: list[dict[str, Any]] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+    url: str = ""
+    spans: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1/traces"
+    def take(self, path: str, body: bytes) -> bytes:
+        assert path == "/v1/traces"
+        for resource in json.loads(body)["resourceSpans"]:
+            self.spans += [span for scope in resource["scopeSpans"] for span in scope["spans"]]
+        return http_answer(b"")
 
     def of_trace(self, trace_id: str) -> dict[str, dict[str, Any]]:
         return {span["name"]: span for span in self.spans if span["traceId"] == trace_id}
-
-
-class _Receiver(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Collector
-
-    def do_POST(self) -> None:
-        received = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/traces"
-        for resource in received["resourceSpans"]:
-            self.server.spans += [span for scope in resource["scopeSpans"] for span in scope["spans"]]
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *arguments: object) -> None:
-        """Logs nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +101,10 @@ def observed(folder: Path, trace_url: str = "") -> Iterator[Observed]:
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Collector]:
-    with Collector() as running:
-        yield running
-        running.shutdown()
+    made = Collector()
+    with http_serving(made.take) as address:
+        made.url = f"http://{address}/v1/traces"
+        yield made
 
 
 @pytest.fixture(scope="module")

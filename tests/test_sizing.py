@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +13,6 @@ from unittest.mock import patch
 import onnx
 import pytest
 
-from cli.main import main
 from deepseek.sizing import presets
 from deepseek.sizing.cost import SERVER_MS, Demand, Serving, bill, measured_serving, predicted_serving
 from deepseek.sizing.devices import THIS_MACHINE, Device, load_devices, measured_path, read_devices, write_device
@@ -22,6 +20,7 @@ from deepseek.sizing.measure import measure_graph
 from deepseek.sizing.roofline import predict
 from deepseek.spec import InputError
 from deepseek.spec.objectives import SloSpec, p99_limits
+from tests.conftest import RunHere
 
 SIZES = ["--layers", "4", "--hidden", "64", "--heads", "4"]
 MINE = """[mine]
@@ -35,8 +34,6 @@ source = "a datasheet"
 DEVICES = read_devices(Path("deepseek/devices.toml"))
 BERT = presets()["bert-base"]
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
 
 @pytest.fixture(autouse=True)
 def elsewhere(own_build: Path) -> None:
@@ -44,14 +41,9 @@ def elsewhere(own_build: Path) -> None:
 
 
 @pytest.fixture
-def plan(capsys: pytest.CaptureFixture[str]) -> Run:
+def plan(run_here: RunHere) -> RunHere:
     """Runs `deepseek plan …` in this process."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        code = main(["plan", *arguments])
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return run
+    return partial(run_here, "plan")
 
 
 def saved(path: Path, graph: str) -> Path:
@@ -69,7 +61,7 @@ def mine(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_plan_is_short_and_names_what_it_predicts(plan: Run) -> None:
+def test_a_plan_is_short_and_names_what_it_predicts(plan: RunHere) -> None:
     run = plan("--preset", "bert-base", "--length", "384", "--rate", "2000", "--p99-ms", "30")
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.splitlines()) < 55
@@ -78,7 +70,7 @@ def test_a_plan_is_short_and_names_what_it_predicts(plan: Run) -> None:
     assert "tokens/s" in plan(*SIZES, "--generate").stdout
 
 
-def test_json_has_the_whole_plan_with_null_for_what_is_impossible(plan: Run) -> None:
+def test_json_has_the_whole_plan_with_null_for_what_is_impossible(plan: RunHere) -> None:
     found = json.loads(plan(*SIZES, "--json", "--device", "t4", "--rate", "10").stdout)
     assert found["training"]["fp32"]["total_bytes"] > found["training"]["fp32"]["activation_bytes"] > 0
     assert found["devices"]["t4"]["training"]["way"] == "single"
@@ -120,13 +112,13 @@ def test_json_has_the_whole_plan_with_null_for_what_is_impossible(plan: Run) -> 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_a_one_line_error_and_exit_2(arguments: list[str], says: str, plan: Run) -> None:
+def test_a_mistake_is_a_one_line_error_and_exit_2(arguments: list[str], says: str, plan: RunHere) -> None:
     run = plan(*arguments)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert says in run.stderr
 
 
-def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path, tmp_path: Path, plan: Run) -> None:
+def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path, tmp_path: Path, plan: RunHere) -> None:
     shutil.copytree(built / "build" / "text", tmp_path / "build" / "text")
     arguments = ("--model", "text", "--models", "tests/models", "--device", THIS_MACHINE, "--rate", "5")
     run = plan(*arguments, "--measure")
@@ -140,7 +132,7 @@ def test_a_graph_is_planned_at_deploy_tomls_sizes_and_measured_here(built: Path,
     assert "model.onnx: axis: seen 'lenght'; allowed: length " in plan(*arguments, "--axis", "lenght=8").stderr
 
 
-def test_an_axis_of_one_size_is_a_plain_number_in_the_graph(own_build: Path, tmp_path: Path, plan: Run) -> None:
+def test_an_axis_of_one_size_is_a_plain_number_in_the_graph(own_build: Path, tmp_path: Path, plan: RunHere) -> None:
     shutil.copytree("tests/models/text", tmp_path / "models" / "text")
     toml = tmp_path / "models" / "text" / "deploy.toml"
     toml.write_text(toml.read_text().replace("min = 1\nopt = 16\nmax = 64", "min = 16\nopt = 16\nmax = 16"))
@@ -152,14 +144,14 @@ def test_an_axis_of_one_size_is_a_plain_number_in_the_graph(own_build: Path, tmp
     assert "--length 8: all axes of text besides the batch have one size" in plan(*arguments, "--length", "8").stderr
 
 
-def test_a_plan_of_a_file_is_headed_by_the_files_name(tmp_path: Path, plan: Run) -> None:
+def test_a_plan_of_a_file_is_headed_by_the_files_name(tmp_path: Path, plan: RunHere) -> None:
     path = saved(
         tmp_path / "data" / "models" / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Softmax (x) }"
     )
     assert plan("--onnx", str(path)).stdout.startswith(f"net ({path}): ")
 
 
-def test_of_two_ways_to_serve_on_as_many_devices_the_faster_is_chosen(plan: Run) -> None:
+def test_of_two_ways_to_serve_on_as_many_devices_the_faster_is_chosen(plan: RunHere) -> None:
     large = ("--layers", "80", "--hidden", "8192", "--heads", "64", "--max-length", "4096", "--generate")
     found = json.loads(plan(*large, "--device", "h100", "--json").stdout)["devices"]["h100"]
     # A pipeline of four needs as many, but a token passes all weights one after the other: 129 GB at 3.35 TB/s.
@@ -174,7 +166,7 @@ def test_every_device_of_the_project_has_a_source() -> None:
     assert all(device.rates["fp16"] > device.rates["fp32"] for device in devices.values())
 
 
-def test_your_own_file_replaces_the_projects_devices(mine: Path, plan: Run) -> None:
+def test_your_own_file_replaces_the_projects_devices(mine: Path, plan: RunHere) -> None:
     (device,) = load_devices(mine).values()
     assert (device.rate("fp16"), device.usable_bytes) == (2.5e12, 0.8 * 2**30)
     with pytest.raises(InputError, match="Mine has no rate for int8; it has fp16, fp32"):
@@ -237,7 +229,7 @@ def test_a_measured_machine_is_written_and_read_back() -> None:
 
 
 def test_the_measured_machine_joins_your_own_devices_and_json_has_the_measured_graph(
-    mine: Path, tmp_path: Path, plan: Run, monkeypatch: pytest.MonkeyPatch
+    mine: Path, tmp_path: Path, plan: RunHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(tmp_path / "net.onnx", "(float[batch, 4] x) => (float[batch, 4] y) { y = Softmax (x) }")
     monkeypatch.setattr("deepseek.sizing.measure.measure_machine", lambda: MEASURED)
@@ -293,7 +285,7 @@ def capacity(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_the_measured_capacity_is_shown_beside_the_predictions(tmp_path: Path, plan: Run) -> None:
+def test_the_measured_capacity_is_shown_beside_the_predictions(tmp_path: Path, plan: RunHere) -> None:
     asked = ["--rate", "14", "--p99-ms", "50", "--growth", "0", "--capacity", str(capacity(tmp_path)), "--price", "0.5"]
     run = plan(*SIZES, *asked)
     assert re.search(r"as measured +7/s +- +3 +1,095 +\S+ measurement", run.stdout)  # 3 x 0.5 x 730 USD
