@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,31 +151,40 @@ slow (float[batch, 2, columns] x) => (float[batch, 2, columns] y) {
 """
 
 
-def write_slow(repository: Path) -> None:
-    """y = x, after as many rounds of work as the largest x says; one instance."""
-    write_fragile(repository, "slow")
-    onnx.save(onnx.parser.parse_model(SLOW), repository / "slow" / "1" / "model.onnx")
-    path = repository / "slow" / "config.pbtxt"
-    path.write_text(path.read_text().replace("count: 2", "count: 1"))
+Slow = tuple[EmbeddedServer, tuple[InferenceClient, InferenceClient]]
 
 
-def test_an_online_request_does_not_wait_for_a_bulk_one_that_runs(tmp_path: Path) -> None:
-    write_slow(tmp_path)
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
+    """A server of y = x, after as many rounds of work as the largest x says; and clients over gRPC and HTTP.
+
+    Its model has one instance, and two bulk requests may wait.
+    """
+    folder = tmp_path_factory.mktemp("slow")
+    write_fragile(folder, "slow")
+    onnx.save(onnx.parser.parse_model(SLOW), folder / "slow" / "1" / "model.onnx")
+    path = folder / "slow" / "config.pbtxt"
+    config = path.read_text().replace("count: 2", "count: 1")
+    path.write_text(config.replace("max_queue_size: 64", "max_queue_size: 2", 1))  # of bulk requests
     with (
-        EmbeddedServer(tmp_path, **FREE, log_path=tmp_path / "log") as server,
+        EmbeddedServer(folder, **FREE, log_path=folder / "log") as server,
         InferenceClient(server.grpc_url, timeout_s=300, retries=0) as over_grpc,
         InferenceClient(server.http_url, "http", timeout_s=300, retries=0) as over_http,
-        ThreadPoolExecutor(8) as pool,
     ):
+        yield server, (over_grpc, over_http)
 
-        def send(client: InferenceClient, rounds: int, **options: Any) -> float:
-            return float(client.infer("slow", {"x": np.full((1, 2, 3), rounds, np.float32)}, **options)["y"][0, 0, 0])
 
-        def busy_s() -> float:
-            return sum(sum(each.cpu_times()[:2]) for each in psutil.Process(server.pid).children(recursive=True))
+def test_an_online_request_does_not_wait_for_a_bulk_one_that_runs(slow: Slow) -> None:
+    server, clients = slow
 
-        clients = (over_grpc, over_http)
-        send(over_grpc, 1)
+    def send(client: InferenceClient, rounds: int, **options: Any) -> float:
+        return float(client.infer("slow", {"x": np.full((1, 2, 3), rounds, np.float32)}, **options)["y"][0, 0, 0])
+
+    def busy_s() -> float:
+        return sum(sum(each.cpu_times()[:2]) for each in psutil.Process(server.pid).children(recursive=True))
+
+    with ThreadPoolExecutor(8) as pool:
+        send(clients[0], 1)
         before_s = busy_s()
         bulk = [pool.submit(send, client, 20_000, parameters=BULK) for client in clients]
         wait_for(lambda: busy_s() > before_s + 0.2)
@@ -185,22 +193,15 @@ def test_an_online_request_does_not_wait_for_a_bulk_one_that_runs(tmp_path: Path
         assert [call.result() for call in bulk] == [20_000] * 2
 
 
-def test_a_refused_bulk_request_did_not_run_and_is_counted(tmp_path: Path) -> None:
-    write_slow(tmp_path)
-    path = tmp_path / "slow" / "config.pbtxt"
-    path.write_text(path.read_text().replace("max_queue_size: 64", "max_queue_size: 1", 1))  # of bulk requests
-    with (
-        EmbeddedServer(tmp_path, **FREE, log_path=tmp_path / "log") as server,
-        InferenceClient(server.grpc_url, timeout_s=300, retries=0) as over_grpc,
-        InferenceClient(server.http_url, "http", timeout_s=300, retries=0) as over_http,
-        ThreadPoolExecutor(8) as pool,
-    ):
-        x = {"x": np.full((1, 2, 3), 5_000, np.float32)}
-        bulk = {"bulk": True}  # without BULK's priority, Triton's own queue refuses none
-        calls = [pool.submit(client.infer, "slow", x, parameters=bulk) for client in (over_grpc, over_http) * 4]
+def test_a_refused_bulk_request_did_not_run_and_is_counted(slow: Slow) -> None:
+    server, clients = slow
+    x = {"x": np.full((1, 2, 3), 5_000, np.float32)}
+    bulk = {"bulk": True}  # without BULK's priority, Triton's own queue refuses none
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(client.infer, "slow", x, parameters=bulk) for client in clients * 4]
         errors = [call.exception() for call in calls]
-        refused = [error for error in errors if error]
-        assert all(isinstance(error, ServerBusy) and error.did_not_run for error in refused)
-        assert all(any(errors[protocol::2]) for protocol in range(2))
-        series = 'onnxruntime_inference_request_failure{model="slow",reason="REJECTED_BULK",version="1"}'
-        assert counter(server, series) == len(refused)
+    refused = [error for error in errors if error]
+    assert all(isinstance(error, ServerBusy) and error.did_not_run for error in refused)
+    assert all(any(errors[protocol::2]) for protocol in range(2))
+    series = 'onnxruntime_inference_request_failure{model="slow",reason="REJECTED_BULK",version="1"}'
+    assert counter(server, series) == len(refused)
