@@ -176,8 +176,13 @@ def test_inputs_that_do_not_fit_the_model_are_refused_in_one_line(
     served: tuple[EmbeddedServer, Path], replay: Callable[..., Sent], tmp_path: Path, column: str
 ) -> None:
     np.savez(tmp_path / "other.npz", **{"00000/z": np.ones((1, 4), np.float32)})  # type: ignore[arg-type]
+    np.savez(tmp_path / "evaluation.npz", **{"00000/z": np.ones((1, 4), np.float32)})  # type: ignore[arg-type]
     (tmp_path / "texts.txt").write_text("a")
-    for name, says in (("other.npz", "contains z, deploy.toml has x"), ("texts.txt", "deploy.toml of cart has no [te")):
+    for name, says in (
+        ("other.npz", "contains z, deploy.toml has x; correct --inputs"),
+        ("evaluation.npz", "contains z, deploy.toml has x; build the model first: make engine MODEL="),
+        ("texts.txt", "deploy.toml of cart has no [te"),
+    ):
         code, _, errors = replay(f"time,{column}\n0,0\n", "--inputs", str(tmp_path / name))
         assert (code, len(errors.splitlines())) == (2, 1), errors
         assert says in errors

@@ -136,13 +136,17 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
         with np.load(path) as arrays:  # an .npy file gives an array here: a TypeError
             return read(arrays)
     except FileNotFoundError:
-        built = path.name == "evaluation.npz"  # in build/<model>/
-        do = f"build the model first: make engine {variables_for(path.parent.name)}" if built else "correct --inputs"
-        raise InputError(f"{path}: no such file; {do}") from None
+        raise InputError(f"{path}: no such file; {how_to_fix(path)}") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not an .npz file of inputs ({error})") from None
+
+
+def how_to_fix(path: Path) -> str:
+    """What to do about a file of inputs that is missing or does not fit the model."""
+    built = path.name == "evaluation.npz"  # in build/<model>/
+    return f"build the model first: make engine {variables_for(path.parent.name)}" if built else "correct --inputs"
 
 
 def _repeated(arrays: Any, key: str, least: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from deepseek_client import (
 )
 
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, InputError
-from loadtests.load.inputs import Row, named, read_rows
+from loadtests.load.inputs import Row, how_to_fix, named, read_rows
 from loadtests.load.wire.route import RouteClient
 from loadtests.results.settings import IN_FLIGHT, ROUTES, LoadSettings
 
@@ -67,7 +67,8 @@ def checked_rows(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[in
                 takes = "has pairs = true: give a .tsv file" if spec.text.pairs else "has no pairs: give a .txt file"
             raise InputError(f"{settings.inputs}: has {seen}, but deploy.toml of {settings.model} {takes}")
         if row.keys() not in (spec.inputs.keys(), {TEXT}):
-            raise InputError(f"{settings.inputs}: contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}")
+            differ = f"contains {_listed(row)}, deploy.toml has {_listed(spec.inputs)}"
+            raise InputError(f"{settings.inputs}: {differ}; {how_to_fix(Path(settings.inputs))}")
         if settings.route is not None:
             _check_texts(settings, row)
     return named(rows, spec) if settings.names else rows
