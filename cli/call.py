@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from deepseek_client.cli.main import main as client
+from deepseek_client.cli import commands
+from deepseek_client.cli.main import run
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
 from deepseek.spec.deployment import catalogue_of
@@ -24,34 +23,25 @@ def infer(options: argparse.Namespace) -> int:
     _check(options)
     spec = DeploymentSpec.of_model(options.model, options.models)
     folder = build_dir(options.model)
-    words = ["infer", options.model, *_access(options), "--fill", str(spec.axes[BATCH].min), "--top", str(options.top)]
-    words += ["--prompt-name", options.prompt_name] if options.prompt_name else []
-    words += ["--output", str(options.output)] if options.output else []
+    how = {"fill": spec.axes[BATCH].min, "top": options.top, "output": options.output}
     if options.text is not None:
         if spec.text is not None and spec.text.pairs != (options.pair is not None):
             advice = "pairs: give the second text with --pair" if spec.text.pairs else "single texts: leave --pair out"
             raise InputError(f"--text: {options.model} takes {advice}")
-        return client([*words, *(f"--text={text}" for text in (options.text, options.pair) if text is not None)])
+        texts = [text for text in (options.text, options.pair) if text is not None]
+        return _call(options, commands.infer, text=texts, prompt_name=options.prompt_name, **how)
     if options.history is not None:
         if spec.vocabulary is None:
             raise InputError(f"--history: deploy.toml of {options.model} has no [vocabulary]; leave --history out")
-        return _send(words, _names(options))
+        return _call(options, commands.infer, inputs=_names(options), **how)
     rows = folder / "evaluation.npz"
     renumbered = rows.is_file() and _is_renumbered(spec, options.repository)  # a restored stack may have no build
     if renumbered and options.inputs is None and 0 <= options.row < count_rows(rows):
         print("note: the served version has other ids than this build, so the row is sent by name", file=sys.stderr)
         (row,) = named(read_rows(rows, only=[options.row]), spec).values()
-        return _send(words, {source: [[name.decode() for name in names[0]]] for source, names in row.items()})
-    words += ["--inputs", str(options.inputs or rows), "--row", str(options.row)]
-    words += ["--labels", str(folder / "labels")] if (folder / "labels").exists() and not renumbered else []
-    return client(words)
-
-
-def _send(words: list[str], inputs: Mapping[str, Any]) -> int:
-    with TemporaryDirectory() as place:
-        request = Path(place) / "request.json"
-        request.write_text(json.dumps(inputs), encoding="utf-8")
-        return client([*words, "--inputs", str(request)])
+        return _call(options, commands.infer, inputs=row, **how)
+    labels = folder / "labels" if (folder / "labels").exists() and not renumbered else None
+    return _call(options, commands.infer, inputs=options.inputs or rows, row=options.row, labels=labels, **how)
 
 
 def _is_renumbered(spec: DeploymentSpec, repository: Path) -> bool:
@@ -87,10 +77,10 @@ def _names(options: argparse.Namespace) -> dict[str, list[list[str]] | list[list
 
 def metadata(options: argparse.Namespace) -> int:
     """Prints the model's inputs and outputs, as the server reports them."""
-    return client(["metadata", options.model, *_access(options), "--timeout-s", str(options.timeout_s)])
+    return _call(options, commands.metadata, timeout_s=options.timeout_s)
 
 
-def _access(options: argparse.Namespace) -> list[str]:
-    words = ["--url", options.url, "--protocol", options.protocol]
-    words += ["--ca-cert", options.ca_cert] if options.ca_cert else []
-    return words + (["--json"] if options.json else [])
+def _call(options: argparse.Namespace, command: Callable[..., int], timeout_s: float = 10.0, **values: Any) -> int:
+    access = {"protocol": options.protocol, "ca_cert": options.ca_cert or None}
+    connection = {"url": options.url, "timeout_s": timeout_s, **access}
+    return run(command, connection, model=options.model, as_json=options.json, **values)

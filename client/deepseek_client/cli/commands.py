@@ -7,14 +7,14 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 
-from deepseek_client.cli.input_file import filled, read_inputs
+from deepseek_client.cli.input_file import arrays_of, filled, read_inputs
 from deepseek_client.cli.tables import read_labels, signature_line, signature_table, tensor_table, widened
 from deepseek_client.client import InferenceClient
 from deepseek_client.errors import AccessDenied, InferenceError, InvalidInput, ModelNotFound, Unreachable
@@ -84,7 +84,7 @@ def _as_json(specs: tuple[TensorMetadata, ...]) -> list[dict[str, Any]]:
 def infer(
     client: InferenceClient,
     model: str,
-    inputs: Path | None = None,
+    inputs: Path | Mapping[str, Any] | None = None,
     *,
     text: Sequence[str] | None = None,
     prompt_name: str | None = None,
@@ -95,7 +95,7 @@ def infer(
     output: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Sends the request in a file, or texts, and shows it and the answer."""
+    """Sends the request in a file, nested lists by input name, or texts, and shows it and the answer."""
     for name, number in (("top", top), ("fill", fill)):
         if number < 1:
             raise InvalidInput(f"--{name} {number}; it must be 1 or more")
@@ -103,8 +103,13 @@ def infer(
         raise InvalidInput(f"--row {row}: picks a row of --inputs; leave it out of --text")
     names = read_labels(labels) if labels else {}
     signature = client.metadata(model)
-    texts = {} if text is None else {"text": _texts(text, signature)}
-    arrays = filled(texts if inputs is None else read_inputs(inputs, signature, row), fill)
+    if isinstance(inputs, Path):
+        arrays = read_inputs(inputs, signature, row)
+    elif inputs is not None:
+        arrays = arrays_of(inputs, signature)
+    else:
+        arrays = {"text": _texts(text or (), signature)}
+    arrays = filled(arrays, fill)
     request = client.prepare(model, arrays, parameters={"prompt_name": prompt_name} if prompt_name else None)
     start = time.perf_counter()
     outputs = client.send(request)

@@ -12,6 +12,7 @@ import json
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,21 @@ def _from_json(path: Path, metadata: ModelMetadata, row: int | None) -> dict[str
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}: not JSON ({error})") from None
-    specs = {spec.name: spec for spec in metadata.inputs}
     if not isinstance(values, dict):
-        name = next(iter(specs), "name of an input")
+        name = next((spec.name for spec in metadata.inputs), "name of an input")
         raise InvalidInput(f'{path}: a {type(values).__name__}; it must be an object: {{"{name}": [...]}}')
+    return _picked(path, arrays_of(values, metadata, where=f"{path}: "), row)
+
+
+def arrays_of(values: Mapping[str, Any], metadata: ModelMetadata, where: str = "") -> dict[str, np.ndarray]:
+    """Nested lists by input name as arrays of the model's types; `where` begins an error."""
+    specs = {spec.name: spec for spec in metadata.inputs}
     if not specs:  # the server does not describe its inputs
-        specs = {name: _spec_of(f"{path}: {name!r}", name, value) for name, value in values.items()}
-    arrays = {
-        name: _exactly(f"{path}: {name!r}", value, specs[name]) if name in specs else np.array(None)
+        specs = {name: _spec_of(f"{where}{name!r}", name, value) for name, value in values.items()}
+    return {
+        name: _exactly(f"{where}{name!r}", value, specs[name]) if name in specs else np.array(None)
         for name, value in values.items()
     }  # ModelMetadata.check refuses unknown names
-    return _picked(path, arrays, row)
 
 
 def _spec_of(where: str, name: str, value: Any) -> TensorMetadata:

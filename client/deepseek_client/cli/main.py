@@ -17,7 +17,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,9 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(arguments))
     command = getattr(commands, args.pop("command"))
     connection = {name: args.pop(name) for name in ("url", "protocol", "timeout_s", "tls", "ca_cert", "api_key_file")}
+    return run(command, connection, **args)
+
+
+def run(command: Callable[..., int], connection: Mapping[str, Any], **values: Any) -> int:
+    """Calls a command with a client of `connect` and returns its exit code; prints an error in one line."""
     try:
         with commands.connect(**connection) as client:
-            code = command(client, **args)
+            code = command(client, **values)
         sys.stdout.flush()
         return code
     except InferenceError as error:
