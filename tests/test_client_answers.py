@@ -309,3 +309,18 @@ def test_a_method_that_the_server_does_not_implement_is_a_server_error() -> None
             client.metadata("m")
         with pytest.raises(ServerError):
             client.ready("m")
+
+
+def test_replicas_with_different_outputs_each_answer_by_their_own_metadata() -> None:
+    """As while one server of two has the new version."""
+    y = {"name": "y", "datatype": "FP32", "shape": [-1, 3]}
+    more = {**SIGNATURE, "outputs": [y, {**y, "name": "z"}]}
+    old = triton(lambda: http_json({"outputs": [binary()]}, DATA))
+    new = triton(lambda: http_json({"outputs": [binary(), binary(name="z")]}, DATA + DATA), more)
+    with (
+        http_serving(old) as first,
+        http_serving(new) as second,
+        InferenceClient([first, second], "http") as client,
+    ):
+        answers = [client.infer("m", X) for _ in range(8)]
+    assert sorted(len(answer) for answer in answers) == [1] * 4 + [2] * 4

@@ -234,7 +234,7 @@ class ClientCore:
             headers = {**(headers or {}), "x-request-id": as_header(request.request_id)}
         sent = headers or NO_HEADERS
         try:
-            answer = await self._retrier.call(
+            answer, replica = await self._retrier.call(
                 lambda replica, cancel: self._attempt(replica, request, sent, deadline, cancel),
                 deadline,
                 request.model,
@@ -244,11 +244,16 @@ class ClientCore:
         except (InvalidInput, ModelNotFound):  # passed the check here, refused by the server: drop the cached metadata
             self._metadata.pop((request.model, request.version), None)
             raise
-        await self._check(request, answer, deadline)
+        await self._check(request, answer, replica, deadline)
         return answer
 
-    async def _check(self, request: PreparedRequest, answer: dict[str, np.ndarray], deadline: Deadline) -> None:
-        """Raises ServerError unless the answer fits the metadata, which is fetched again: the model may be new."""
+    async def _check(
+        self, request: PreparedRequest, answer: dict[str, np.ndarray], replica: Replica, deadline: Deadline
+    ) -> None:
+        """Raises ServerError unless the answer fits the metadata, which is fetched again: the model may be new.
+
+        It is fetched from the replica that answered: others may have another version.
+        """
         known = self._metadata.get((request.model, request.version))
         if known is None:
             return
@@ -256,17 +261,18 @@ class ClientCore:
             known.check_answer(answer, request.outputs)
         except ServerError as misfit:
             try:
-                known = await self._fetch_metadata(request.model, request.version, deadline)
+                known = await replica.transport.metadata(request.model, request.version, deadline)
             except InferenceError:  # it says nothing about this request, which has run
                 raise misfit from None
+            self._metadata[request.model, request.version] = known
             known.check_answer(answer, request.outputs)
 
     async def _attempt(
         self, replica: Replica, request: PreparedRequest, headers: Headers, deadline: Deadline, cancel: Cancel | None
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], Replica]:
         if replica.regions is None or not request.tensors:
-            return await replica.transport.send(request, deadline, headers, cancel)
+            return await replica.transport.send(request, deadline, headers, cancel), replica
         answer, was_shared = await replica.regions.send(request, deadline, headers, cancel)
         if was_shared:
             self._counters.of(request.model).add("through_shared_memory")
-        return answer
+        return answer, replica
