@@ -122,5 +122,7 @@ def _refuse(command: Command, word: str) -> NoReturn:
     flags = [option.flag for option in command.options if not option.positional]
     kind = "option" if word.startswith("-") else "argument"
     rest = next((f"; write -- before the {option.flag}" for option in command.options if option.rest), "")
-    told = suggestion(word, flags) or rest
+    variable = word.removeprefix("--").replace("-", "_").upper()
+    meant = [option.flag for option in command.options if variable and option.variable_name == variable]
+    told = f"; did you mean {meant[0]}?" if meant else suggestion(word, flags) or rest
     raise Misuse(f"{command.shown} has no {kind} {word}{told} ({command.shown} --help lists its options)")

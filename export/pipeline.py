@@ -16,6 +16,7 @@ from deepseek.precisions import EIGHT_BITS, Precision
 from deepseek.spec import build_dir
 from deepseek.spec.files.image_tag import image_tag
 from deepseek.spec.files.measured_batches import batches_path
+from deepseek.spec.files.released import last_rollback
 from deepseek.spec.machine.cpu import this_cpu
 from deepseek.spec.machine.gpus import gpus
 from deepseek.targets import TARGETS
@@ -266,6 +267,9 @@ def publish_stage(plan: Plan) -> Stage:
     graphs = ("tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
     text, vocabulary = plan.spec.text_for(plan.target), plan.spec.vocabulary_for(plan.target)
     file = text.tokenizer if text else vocabulary.file if vocabulary else ""
+    settings = {"target": plan.target, "GPUs": ", ".join(map(str, gpus() if plan.target == "tensorrt" else ()))}
+    if rollback := last_rollback(plan.model, plan.repository):  # it may have removed what this stage published
+        settings["the last rollback"] = rollback
     return Stage(
         name=f"publish {plan.repository}",
         command=(
@@ -281,7 +285,7 @@ def publish_stage(plan: Plan) -> Stage:
         ),
         keys=(*SIGNATURE, "batching", "slo", "onnxruntime", "text", "vocabulary", *graphs),
         tuned=True,
-        settings={"target": plan.target, "GPUs": ", ".join(map(str, gpus() if plan.target == "tensorrt" else ()))},
+        settings=settings,
         beside=(plan.repository / plan.model / "config.pbtxt",),
     )
 

@@ -76,6 +76,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
     ("words", "environment", "make", "told"),
     [
         (("--rat", "5"), {}, None, "deepseek try has no option --rat; did you mean --rate? (deepseek try --help lists them)"),
+        (("--budget-s", "5"), {}, None, "deepseek try has no option --budget-s; did you mean --max-s? (deepseek try --help lists them)"),
         (("more",), {}, None, "deepseek try has no argument more; write -- before the command (deepseek try --help lists its options)"),
         (("--rate",), {}, None, "--rate: a value is missing"),
         (("--json=1",), {}, None, "--json: takes no value"),

@@ -21,6 +21,7 @@ from export import build, pipeline, plan
 from export.artifact import refuse
 from export.dependencies import digests
 from export.pipeline import Stage
+from serving.release.journal import ReleaseJournal
 
 DEPLOY = """
 name = "tiny"
@@ -201,6 +202,17 @@ def test_a_change_rebuilds_only_what_depends_on_it(
     engine()
     change(tiny, monkeypatch)
     assert engine() == ran
+
+
+def test_a_rollback_makes_the_next_build_publish_again(engine: Run, tiny: Path) -> None:
+    engine()
+    journal = ReleaseJournal(
+        tiny / "build" / "tiny" / "releases", "rollback", 1, before=2, repository=str(tiny / "repository")
+    )
+    assert engine() == []
+    journal.write(outcome="rolled back")
+    assert engine() == SERVED  # publishing refuses a version that was rolled back
+    assert engine() == []
 
 
 def test_an_slo_that_changes_no_configuration_still_rewrites_the_stack(

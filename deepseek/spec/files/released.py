@@ -62,6 +62,17 @@ def last_number(model: Path) -> int:
     return max(used)
 
 
+def last_rollback(model: str, repository: Path) -> str:
+    """When the last finished rollback in a repository began; "" if there was none."""
+    for folder in record_folders(model):
+        head, *rest = journal_lines(folder) or [{}]
+        if head.get("kind") != "rollback" or head.get("repository") != str(repository.resolve()):
+            continue
+        if any(line.get("outcome") == "rolled back" for line in rest):
+            return str(head["at"])
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fate:
     """How a release or rollback of a version ended."""
