@@ -140,6 +140,28 @@ def test_a_stand_in_for_tensorrt_loads_a_version_compatible_engine_only_where_th
         tensorrt_predictor(spec, tmp_path / "model.plan")
 
 
+def test_operators_that_tensorrt_runs_by_plugins_are_built_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = DeploymentSpec.load("tests/models/image")
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 20]>
+      g (float[batch, 3, 32, 32] pixels) => (float[batch, 3] scores) <int64[2] axes = {2, 3}, int64[1, 1] place = {0},
+        float[1, 1] one = {1}> {
+        mean = ReduceMean <keepdims = 0> (pixels, axes)
+        scores = ScatterElements <axis = 1, reduction = "add"> (mean, place, one)
+      }""")
+    onnx.save(model, tmp_path / "model.onnx")
+    stand_in = install_tensorrt(monkeypatch)
+    stand_in.plugins_of.clear()
+    with pytest.raises(GateFailed, match="ScatterElements plugin was not found"):
+        engine_from_onnx(stand_in, tmp_path / "model.onnx", spec)
+    plan, _ = engine_from_onnx(tensorrt_module("tensorrt"), tmp_path / "model.onnx", spec)
+    (tmp_path / "model.plan").write_bytes(plan)
+    stand_in.plugins_of.clear()
+    tensorrt_predictor(spec, tmp_path / "model.plan")
+    assert stand_in.plugins_of == [""]
+
+
 def test_the_error_for_a_missing_tensorrt_says_what_to_install() -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("TensorRT may be installed on a machine with a GPU")

@@ -31,7 +31,8 @@ LEAN_RUNTIME_BYTES = 128 << 20
 
 
 def tensorrt_module(target: CompiledTarget) -> Any:
-    """The TensorRT package of a target; raises InputError if it is missing or too old."""
+    """The TensorRT package of a target, with its plugins: its parser runs some operators by them, such as
+    ScatterElements with a reduction. Raises InputError if it is missing or too old."""
     try:
         trt = importlib.import_module(target)
     except ImportError as error:
@@ -43,6 +44,7 @@ def tensorrt_module(target: CompiledTarget) -> Any:
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if target == "tensorrt" and version < OLDEST:
         raise InputError(f"tensorrt {trt.__version__} is too old; {OLDEST[0]}.{OLDEST[1]} or newer is needed")
+    trt.init_libnvinfer_plugins(None, "")  # None: plugins keep the logger, which would have to stay alive
     return trt
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from deepseek.spec import DeploymentSpec, GateFailed
 from export.model_folder import Predict
 from export.rows import Row
+from export.runtimes.tensorrt_engine import tensorrt_module
 from export.runtimes.timing import Timer
 
 # Runs between two CUDA events: one run of a small engine is shorter than the events' resolution.
@@ -19,8 +20,7 @@ RUNS = 20
 
 def _loaded(spec: DeploymentSpec, path: Path) -> Any:
     """The execution context of an engine on the first GPU; raises GateFailed if TensorRT cannot load it."""
-    import tensorrt as trt
-
+    trt = tensorrt_module("tensorrt")
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     # Such a plan contains code, which TensorRT runs only if allowed.
     runtime.engine_host_code_allowed = spec.tensorrt.version_compatible

@@ -29,6 +29,20 @@ float32, float16, bfloat16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto
 int8, fp8 = TensorProto.INT8, TensorProto.FLOAT8E4M3FN
 
 
+plugins_of = []  # calls of the next, which some graphs need
+
+
+def init_libnvinfer_plugins(logger, namespace):
+    """Registers the plugins."""
+    plugins_of.append(namespace)
+    return True
+
+
+def is_plugin(node):
+    """Whether TensorRT runs a node by a plugin."""
+    return node.op_type == "ScatterElements" and any(each.name == "reduction" for each in node.attribute)
+
+
 class ILogger:
     """Base of loggers."""
 
@@ -83,6 +97,8 @@ class OnnxParser:
     def parse_from_file(self, path):
         try:
             onnx.checker.check_model(path)
+            if any(map(is_plugin, onnx.load(path).graph.node)) and not plugins_of:
+                raise ValueError("ScatterElements plugin was not found in the plugin registry")
             self.network.fill(onnx.load(path))
         except Exception as error:
             self.logger.log(ILogger.ERROR, str(error))
