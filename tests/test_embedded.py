@@ -205,8 +205,9 @@ def test_a_wrong_flag_is_one_line_before_anything_starts(
         ("config.pbtxt", None, 60, "no model in it .* make engine"),
         ("1/model.py", "raise RuntimeError('weights are missing')", 60, "'add_one'.* weights are missing"),
         ("1/model.py", "import time\ntime.sleep(60)", 2, "not ready within 2 s"),
+        ("1/model.py", "import os\nos.kill(os.getpid(), 9)", 60, "'add_one'.*not healthy; its process crashed or was"),
     ],
-    ids=["unparsable", "another backend", "no model", "does not load", "never ready"],
+    ids=["unparsable", "another backend", "no model", "does not load", "never ready", "killed"],
 )
 def test_a_repository_that_cannot_be_served_is_one_line(
     tmp_path: Path, file: str, content: str | None, timeout_s: float, reason: str
@@ -215,7 +216,7 @@ def test_a_repository_that_cannot_be_served_is_one_line(
     path = tmp_path / "repository" / "add_one" / file
     path.write_text(content) if content else path.unlink()
     with (
-        pytest.raises(InputError, match=reason),
+        pytest.raises(GateFailed if "crashed" in reason else InputError, match=reason),
         EmbeddedServer(tmp_path / "repository", timeout_s=timeout_s, log_path=tmp_path / "log", **FREE),
     ):
         pass

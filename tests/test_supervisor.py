@@ -157,15 +157,6 @@ def test_a_load_that_takes_too_long_names_the_option() -> None:
     assert reason == "no answer within 0.1 s (--timeout-s); Triton may still finish the load"
 
 
-def test_a_process_killed_during_the_start_ends_it_with_one_line(tmp_path: Path) -> None:
-    write_model(tmp_path / "repository", "doomed", initialize="import os; os.kill(os.getpid(), 9)")
-    with (
-        pytest.raises(GateFailed, match=r"'doomed'.*not healthy; its process crashed or was killed, perhaps"),
-        EmbeddedServer(tmp_path / "repository", **FREE, log_path=tmp_path / "log"),
-    ):
-        pass
-
-
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_server_that_crashes_while_it_starts_is_started_once_more(tmp_path: Path, times: int, said: Said) -> None:
     count = f"import os; n = len(os.listdir({str(tmp_path)!r})); "
