@@ -7,7 +7,9 @@ machine: no other test runs at the same time.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import inspect
 import os
 import re
 import shutil
@@ -108,6 +110,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
             fcntl.flock(turn, fcntl.LOCK_EX)
             fcntl.flock(lock, fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH)
         return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs a test that is a coroutine function in a loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}))
+    return True
 
 
 # Tensors are passed by DLPack, for the reason in serving/backend/onnxruntime_backend.py.

@@ -149,11 +149,8 @@ def test_rows_of_several_lengths_are_padded_with_zeros() -> None:
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b'1\r\n{\r\n3\r\n"a"\r\n0\r\n\r\n', b'{"a"'),
     ],
 )
-def test_an_answer_has_a_length_or_chunks(head: bytes, rest: bytes, body: bytes) -> None:
-    async def read() -> bytes:
-        reader = asyncio.StreamReader()
-        reader.feed_data(rest)
-        reader.feed_eof()
-        return await _body(reader, head)
-
-    assert asyncio.run(read()) == body
+async def test_an_answer_has_a_length_or_chunks(head: bytes, rest: bytes, body: bytes) -> None:
+    reader = asyncio.StreamReader()
+    reader.feed_data(rest)
+    reader.feed_eof()
+    assert await _body(reader, head) == body

@@ -16,20 +16,17 @@ from tests.failing_servers import Relay, X, answering, mute, protocols, url_of
 
 
 @protocols
-def test_a_cancelled_task_does_not_disturb_the_others(server: EmbeddedServer, protocol: Any) -> None:
-    async def main() -> None:
-        async with AsyncInferenceClient(url_of(server, protocol), protocol) as client:
-            await client.metadata("slow")
-            cancelled = asyncio.ensure_future(client.infer("slow", {"x": X}, timeout_s=60))
-            await asyncio.sleep(0.05)
-            cancelled.cancel()
-            answers = await asyncio.gather(*(client.infer("add_one", {"x": X + k}) for k in range(60)))
-            for k, answer in enumerate(answers):
-                np.testing.assert_array_equal(answer["y"], X + k + 1)
-            with pytest.raises(asyncio.CancelledError):
-                await cancelled
-
-    asyncio.run(main())
+async def test_a_cancelled_task_does_not_disturb_the_others(server: EmbeddedServer, protocol: Any) -> None:
+    async with AsyncInferenceClient(url_of(server, protocol), protocol) as client:
+        await client.metadata("slow")
+        cancelled = asyncio.ensure_future(client.infer("slow", {"x": X}, timeout_s=60))
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        answers = await asyncio.gather(*(client.infer("add_one", {"x": X + k}) for k in range(60)))
+        for k, answer in enumerate(answers):
+            np.testing.assert_array_equal(answer["y"], X + k + 1)
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
 
 
 @protocols
@@ -53,14 +50,11 @@ def test_calls_left_by_a_failed_gather_leave_no_connection(server: EmbeddedServe
 
 
 @pytest.mark.parametrize("kind", [BlockingChannel, AsyncChannel])
-def test_a_call_that_meets_a_closed_channel_is_a_lost_connection(kind: type[Channel]) -> None:
-    async def main() -> None:
-        channel = kind("127.0.0.1:9", None, 1000)  # type: ignore[call-arg]
-        await channel.close()
-        with pytest.raises(ConnectionLost, match="the client was closed"):
-            await channel.call("ServerReady", b"", 60, (), None)
-
-    asyncio.run(main())
+async def test_a_call_that_meets_a_closed_channel_is_a_lost_connection(kind: type[Channel]) -> None:
+    channel = kind("127.0.0.1:9", None, 1000)  # type: ignore[call-arg]
+    await channel.close()
+    with pytest.raises(ConnectionLost, match="the client was closed"):
+        await channel.call("ServerReady", b"", 60, (), None)
 
 
 def test_a_client_refuses_another_loop() -> None:
@@ -72,15 +66,12 @@ def test_a_client_refuses_another_loop() -> None:
     asyncio.run(client.close())
 
 
-def test_closing_the_client_ends_a_grpc_call_in_flight() -> None:
-    async def main() -> None:
-        with answering(mute) as (url, seen):
-            client = AsyncInferenceClient(url, timeout_s=600)
-            call = asyncio.ensure_future(client.ready())
-            while not seen:
-                await asyncio.sleep(0.01)
-            await client.close()
-            with pytest.raises(ConnectionLost, match="the client was closed"):
-                await asyncio.wait_for(call, 60)
-
-    asyncio.run(main())
+async def test_closing_the_client_ends_a_grpc_call_in_flight() -> None:
+    with answering(mute) as (url, seen):
+        client = AsyncInferenceClient(url, timeout_s=600)
+        call = asyncio.ensure_future(client.ready())
+        while not seen:
+            await asyncio.sleep(0.01)
+        await client.close()
+        with pytest.raises(ConnectionLost, match="the client was closed"):
+            await asyncio.wait_for(call, 60)

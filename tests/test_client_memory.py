@@ -105,14 +105,11 @@ def test_tensors_go_through_shared_memory(server: EmbeddedServer, protocol: str,
 
 
 @protocols
-def test_concurrent_tasks_use_separate_regions(server: EmbeddedServer, protocol: str) -> None:
-    async def main() -> list[dict[str, np.ndarray]]:
-        async with AsyncInferenceClient(url_of(server, protocol), protocol, shared_memory="auto") as client:  # type: ignore[arg-type]
-            answers = await asyncio.gather(*(client.infer("fixed", {"x": X + k}) for k in range(6)))
-            assert client.statistics().models["fixed"].through_shared_memory == 6
-            return answers
-
-    for k, answer in enumerate(asyncio.run(main())):
+async def test_concurrent_tasks_use_separate_regions(server: EmbeddedServer, protocol: str) -> None:
+    async with AsyncInferenceClient(url_of(server, protocol), protocol, shared_memory="auto") as client:  # type: ignore[arg-type]
+        answers = await asyncio.gather(*(client.infer("fixed", {"x": X + k}) for k in range(6)))
+        assert client.statistics().models["fixed"].through_shared_memory == 6
+    for k, answer in enumerate(answers):
         np.testing.assert_array_equal(answer["y"], X + k + 1)
     assert registered(server) == left_behind() == []
 

@@ -94,12 +94,9 @@ def test_a_long_list_is_answered_in_order(client: openai.OpenAI, expected: np.nd
     assert answer.model == "sentence"
 
 
-def test_the_asynchronous_client_works_unchanged(serving: Serving, expected: np.ndarray) -> None:
-    async def embed() -> list[Any]:
-        async with openai.AsyncOpenAI(base_url=serving.places["OpenAI"], api_key="unused") as client:
-            return await asyncio.gather(*(client.embeddings.create(model="sentence", input=text) for text in TEXTS))
-
-    answers = asyncio.run(embed())
+async def test_the_asynchronous_client_works_unchanged(serving: Serving, expected: np.ndarray) -> None:
+    async with openai.AsyncOpenAI(base_url=serving.places["OpenAI"], api_key="unused") as client:
+        answers = await asyncio.gather(*(client.embeddings.create(model="sentence", input=text) for text in TEXTS))
     np.testing.assert_allclose([each.data[0].embedding for each in answers], expected, atol=1e-5)
 
 

@@ -109,65 +109,50 @@ def test_the_scores_of_a_classifier_are_no_vectors(
 
 
 @pytest.mark.parametrize("chunked", [None, True])
-def test_an_answer_larger_than_all_the_room_is_computed_if_it_is_alone(chunked: bool | None) -> None:
-    async def run() -> int:
-        triton = StandIn()
-        triton.released.set()
-        async with in_front_of(triton, replace(LARGE, size=1_000_000)) as address:
-            return (await embed(address, ["a"] * 2048, chunked=chunked))[0]
-
-    assert asyncio.run(run()) == 200
+async def test_an_answer_larger_than_all_the_room_is_computed_if_it_is_alone(chunked: bool | None) -> None:
+    triton = StandIn()
+    triton.released.set()
+    async with in_front_of(triton, replace(LARGE, size=1_000_000)) as address:
+        assert (await embed(address, ["a"] * 2048, chunked=chunked))[0] == 200
 
 
-def test_large_answers_are_refused_beyond_the_memory_they_may_take() -> None:
+async def test_large_answers_are_refused_beyond_the_memory_they_may_take() -> None:
     """2048 vectors of 384 numbers count as 48 MiB, so four fill the 192, with nothing left for the bodies."""
+    triton = StandIn()
 
-    async def run() -> list[int]:
-        triton = StandIn()
+    async def started(count: int) -> None:
+        while len(triton.calls) < count:
+            await asyncio.sleep(0.01)
 
-        async def started(count: int) -> None:
-            while len(triton.calls) < count:
-                await asyncio.sleep(0.01)
-
-        async with in_front_of(triton, LARGE) as address:
-            asked = [asyncio.create_task(embed(address, ["a"] * 2048)) for _ in range(3)]
-            await started(3)
-            refused = await embed(address, ["a"] * 2048)
-            asked.append(asyncio.create_task(embed(address, ["a"])))
-            await started(4)
-            triton.released.set()
-            answers = [refused, *(await asyncio.gather(*asked)), await embed(address, ["a"] * 2048)]
-        return [status for status, _ in answers]
-
-    assert asyncio.run(run()) == [429, 200, 200, 200, 200, 200]
-
-
-def test_bodies_of_unknown_size_count_as_they_are_once_they_arrived() -> None:
-    async def run() -> list[int]:
-        triton = StandIn()
-        async with in_front_of(triton, SMALL) as address:
-            asked = [asyncio.create_task(embed(address, ["a"], chunked=True)) for _ in range(32)]
-            while len(triton.calls) < 32 and not any(each.done() for each in asked):
-                await asyncio.sleep(0.01)
-            triton.released.set()
-            return [status for status, _ in await asyncio.gather(*asked)]
-
-    assert asyncio.run(run()) == [200] * 32
-
-
-def test_a_header_makes_a_request_bulk() -> None:
-    """It then waits behind others, in parts of the batch that Triton prefers."""
-
-    async def run() -> tuple[list[Any], Any]:
-        triton = StandIn()
+    async with in_front_of(triton, LARGE) as address:
+        asked = [asyncio.create_task(embed(address, ["a"] * 2048)) for _ in range(3)]
+        await started(3)
+        refused = await embed(address, ["a"] * 2048)
+        asked.append(asyncio.create_task(embed(address, ["a"])))
+        await started(4)
         triton.released.set()
-        async with in_front_of(triton, replace(SMALL, preferred_batch=1)) as address:
-            for headers in ({}, {"X-Priority": "online"}, {"X-Priority": "bulk"}, {"X-Priority": "1"}):
-                _, answer = await embed(address, ["a", "b"], headers=headers)
-        return triton.calls, answer
+        answers = [refused, *(await asyncio.gather(*asked)), await embed(address, ["a"] * 2048)]
+    assert [status for status, _ in answers] == [429, 200, 200, 200, 200, 200]
 
-    calls, refused = asyncio.run(run())
-    assert calls == [*[(["a", "b"], {})] * 2, (["a"], BULK), (["b"], BULK)]
+
+async def test_bodies_of_unknown_size_count_as_they_are_once_they_arrived() -> None:
+    triton = StandIn()
+    async with in_front_of(triton, SMALL) as address:
+        asked = [asyncio.create_task(embed(address, ["a"], chunked=True)) for _ in range(32)]
+        while len(triton.calls) < 32 and not any(each.done() for each in asked):
+            await asyncio.sleep(0.01)
+        triton.released.set()
+        assert [status for status, _ in await asyncio.gather(*asked)] == [200] * 32
+
+
+async def test_a_header_makes_a_request_bulk() -> None:
+    """It then waits behind others, in parts of the batch that Triton prefers."""
+    triton = StandIn()
+    triton.released.set()
+    async with in_front_of(triton, replace(SMALL, preferred_batch=1)) as address:
+        for headers in ({}, {"X-Priority": "online"}, {"X-Priority": "bulk"}, {"X-Priority": "1"}):
+            _, refused = await embed(address, ["a", "b"], headers=headers)
+    assert triton.calls == [*[(["a", "b"], {})] * 2, (["a"], BULK), (["b"], BULK)]
     assert refused["error"]["message"] == 'X-Priority: seen "1"; allowed: online or bulk'
 
 
@@ -185,30 +170,27 @@ class Refusing:
         return {"embedding": numbers, "tokens": numbers}
 
 
-def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
+async def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
     triton: Any = Refusing()
-    vectors, tokens = asyncio.run(vectors_of(triton, Metrics(), SMALL, list("123")))
+    vectors, tokens = await vectors_of(triton, Metrics(), SMALL, list("123"))
     assert vectors.tolist() == [[1], [2], [3]]
     assert tokens.tolist() == [1, 2, 3]
     with pytest.raises(ApiError, match="overloaded: full"):  # one batch: the caller decides
-        asyncio.run(vectors_of(triton, Metrics(), SMALL, list("45")))
+        await vectors_of(triton, Metrics(), SMALL, list("45"))
 
 
-def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
-    async def leave() -> None:
-        triton, metrics = StandIn(), Metrics()
-        async with in_front_of(triton, SMALL, metrics) as address:
-            asked = asyncio.create_task(embed(address, ["a"]))
-            while not triton.calls:
-                await asyncio.sleep(0.01)
-            asked.cancel()
-            await asyncio.wait_for(triton.cancelled.wait(), 60)
-        assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
-
-    asyncio.run(leave())
+async def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:
+    triton, metrics = StandIn(), Metrics()
+    async with in_front_of(triton, SMALL, metrics) as address:
+        asked = asyncio.create_task(embed(address, ["a"]))
+        while not triton.calls:
+            await asyncio.sleep(0.01)
+        asked.cancel()
+        await asyncio.wait_for(triton.cancelled.wait(), 60)
+    assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
 
 
-def test_a_caller_that_leaves_while_its_answer_is_sent_is_no_error(
+async def test_a_caller_that_leaves_while_its_answer_is_sent_is_no_error(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     send = routes._sent
@@ -219,15 +201,12 @@ def test_a_caller_that_leaves_while_its_answer_is_sent_is_no_error(
 
     monkeypatch.setattr(routes, "_sent", left)
 
-    async def leave() -> str:
-        triton, metrics = StandIn(), Metrics()
-        triton.released.set()
-        async with in_front_of(triton, SMALL, metrics) as address:
-            with pytest.raises(ClientError):
-                await embed(address, ["a"])
-        return metrics.text()
-
-    assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in asyncio.run(leave())
+    triton, metrics = StandIn(), Metrics()
+    triton.released.set()
+    async with in_front_of(triton, SMALL, metrics) as address:
+        with pytest.raises(ClientError):
+            await embed(address, ["a"])
+    assert 'openai_requests_total{route="/v1/embeddings",status="499"} 1\n' in metrics.text()
     assert capfd.readouterr().err == ""
 
 
@@ -238,43 +217,34 @@ def test_a_caller_that_leaves_while_its_answer_is_sent_is_no_error(
         ("/rerank", {"query": "a", "texts": ["a" * 4000] * 2000, "return_text": True}),
     ],
 )
-def test_a_caller_that_takes_no_answer_is_disconnected(
+async def test_a_caller_that_takes_no_answer_is_disconnected(
     route: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else its answer counts towards the memory for good, and all callers are refused."""
     monkeypatch.setattr(openai_process, "SEND_S", 0.5)
 
-    async def stall() -> None:
-        triton, metrics = StandIn(numbers=4096), Metrics()
-        triton.released.set()
-        async with in_front_of(triton, replace(LARGE, max_bytes=4000), metrics) as address:
-            _, writer = await asyncio.open_connection(*address.split(":"))
-            writer.transport.pause_reading()  # type: ignore[attr-defined]
-            body = json.dumps(fields).encode()
-            writer.write(
-                b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (route.encode(), len(body)) + body
-            )
-            while 'status="499"' not in metrics.text():
-                await asyncio.sleep(0.05)
-            assert (await embed(address, ["a"]))[0] == 200
-            writer.close()
-
-    asyncio.run(asyncio.wait_for(stall(), 60))
+    triton, metrics = StandIn(numbers=4096), Metrics()
+    triton.released.set()
+    async with asyncio.timeout(60), in_front_of(triton, replace(LARGE, max_bytes=4000), metrics) as address:
+        _, writer = await asyncio.open_connection(*address.split(":"))
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        body = json.dumps(fields).encode()
+        writer.write(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (route.encode(), len(body)) + body)
+        while 'status="499"' not in metrics.text():
+            await asyncio.sleep(0.05)
+        assert (await embed(address, ["a"]))[0] == 200
+        writer.close()
 
 
 @pytest.mark.parametrize("path", [b"/v1/embeddings", b"/recommenders/m"])
-def test_a_body_that_does_not_arrive_is_408(path: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_does_not_arrive_is_408(path: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "READ_S", 0.1)
 
-    async def status() -> bytes:
-        async with in_front_of(StandIn(), SMALL) as address:
-            reader, writer = await asyncio.open_connection(*address.split(":"))
-            writer.write(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{" % path)
-            line = await reader.readline()
-            writer.close()
-            return line
-
-    assert b" 408 " in asyncio.run(asyncio.wait_for(status(), 60))
+    async with in_front_of(StandIn(), SMALL) as address:
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{" % path)
+        assert b" 408 " in await asyncio.wait_for(reader.readline(), 60)
+        writer.close()
 
 
 @pytest.mark.parametrize(
@@ -284,18 +254,14 @@ def test_a_body_that_does_not_arrive_is_408(path: bytes, monkeypatch: pytest.Mon
         ("Content-Length: secret", "Invalid character in Content-Length"),
     ],
 )
-def test_a_malformed_request_is_a_400_that_repeats_no_header(
+async def test_a_malformed_request_is_a_400_that_repeats_no_header(
     header: str, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def send() -> bytes:
-        async with in_front_of(StandIn(), SMALL) as address:
-            reader, writer = await asyncio.open_connection(*address.split(":"))
-            writer.write(f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n".encode())
-            answer = await reader.read()
-            writer.close()
-        return answer
-
-    head, _, body = asyncio.run(send()).partition(b"\r\n\r\n")
+    async with in_front_of(StandIn(), SMALL) as address:
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(f"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\n{header}\r\n\r\n".encode())
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
     assert head.split()[1] == b"400"
     assert json.loads(body)["error"]["message"] == f"the request is not valid HTTP: {reason}"
     assert caplog.records == []

@@ -101,16 +101,13 @@ def test_pairs_and_their_tokens_are_counted(serving: Serving, url: str) -> None:
     ("max_bytes", "status", "message"),
     [(2**24, 429, "requests in flight have"), (2**17, 400, "query: 3145728 bytes; allowed: up to 131072 (max_bytes)")],
 )
-def test_the_copies_of_a_query_that_is_not_too_large_count_as_memory(max_bytes: int, status: int, message: str) -> None:
+async def test_the_copies_of_a_query_that_is_not_too_large_count_as_memory(
+    max_bytes: int, status: int, message: str
+) -> None:
     body = json.dumps({"query": "q" * (HELD_BYTES // 64), "texts": ["a"] * 100}).encode()
-
-    async def ask() -> tuple[int, Any]:
-        model = replace(SMALL, pairs=True, max_batch=32, parts_at_once=2, max_bytes=max_bytes)
-        async with in_front_of(None, model) as address:
-            seen, _, answer = await asyncio.to_thread(call, address, "POST", "/rerank", body)
-        return seen, answer
-
-    seen, answer = asyncio.run(ask())
+    model = replace(SMALL, pairs=True, max_batch=32, parts_at_once=2, max_bytes=max_bytes)
+    async with in_front_of(None, model) as address:
+        seen, _, answer = await asyncio.to_thread(call, address, "POST", "/rerank", body)
     assert seen == status
     assert message in answer["error"]["message"]
 

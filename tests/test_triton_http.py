@@ -65,14 +65,11 @@ async def infer(made: TritonHttp, timeout_s: float = 60) -> Any:
     return (await made.infer("m", ["a"], ["v"], timeout_s=timeout_s, parameters={}))["v"].tolist()
 
 
-def test_an_answer_may_come_in_pieces_and_its_connection_is_used_again() -> None:
-    async def run() -> None:
-        pieces = [ANSWER[:20], ANSWER[20:-2], ANSWER[-2:] + BODY[:9], BODY[9:]]
-        async with triton(says(*pieces), says(ANSWER + BODY)) as (made, connections):
-            assert [await infer(made), await infer(made)] == [[[1.5, -2.0]]] * 2
-            assert len(connections) == 1
-
-    asyncio.run(run())
+async def test_an_answer_may_come_in_pieces_and_its_connection_is_used_again() -> None:
+    pieces = [ANSWER[:20], ANSWER[20:-2], ANSWER[-2:] + BODY[:9], BODY[9:]]
+    async with triton(says(*pieces), says(ANSWER + BODY)) as (made, connections):
+        assert [await infer(made), await infer(made)] == [[[1.5, -2.0]]] * 2
+        assert len(connections) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,54 +84,44 @@ def test_an_answer_may_come_in_pieces_and_its_connection_is_used_again() -> None
         (close, ConnectionLost, "before the answer was complete"),
     ],
 )
-def test_the_next_call_works_after_an_unusable_answer(answer: Answer, kind: type[InferenceError], message: str) -> None:
-    async def run() -> None:
-        async with triton(answer, says(ANSWER + BODY)) as (made, _):
-            with pytest.raises(kind, match=message):
-                await infer(made)
-            assert await infer(made) == [[1.5, -2.0]]
-
-    asyncio.run(run())
-
-
-def test_a_late_answer_is_an_error_and_closes_the_connection() -> None:
-    async def run() -> None:
-        async with triton(says(), says(ANSWER + BODY)) as (made, connections):
-            with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
-                await infer(made, 0.05)
-            await asyncio.wait_for(connections[0].wait_closed(), 60)
-            assert await infer(made) == [[1.5, -2.0]]
-
-    asyncio.run(run())
-
-
-def test_a_cancelled_call_closes_its_connection() -> None:
-    async def run() -> None:
-        called = asyncio.Event()
-
-        async def wait(_: asyncio.StreamWriter) -> None:
-            called.set()
-
-        async with triton(wait) as (made, connections):
-            call = asyncio.create_task(infer(made))
-            await asyncio.wait_for(called.wait(), 60)
-            call.cancel()
-            await asyncio.wait_for(connections[0].wait_closed(), 60)
-
-    asyncio.run(run())
-
-
-def test_a_server_that_closed_an_idle_connection_gets_a_new_one() -> None:
-    async def run() -> None:
-        async with triton(says(ANSWER + BODY), says(ANSWER + BODY)) as (made, connections):
+async def test_the_next_call_works_after_an_unusable_answer(
+    answer: Answer, kind: type[InferenceError], message: str
+) -> None:
+    async with triton(answer, says(ANSWER + BODY)) as (made, _):
+        with pytest.raises(kind, match=message):
             await infer(made)
-            connections[0].close()
-            await connections[0].wait_closed()
-            while not made._idle[0].lost:
-                await asyncio.sleep(0.01)
-            assert await infer(made) == [[1.5, -2.0]]
+        assert await infer(made) == [[1.5, -2.0]]
 
-    asyncio.run(run())
+
+async def test_a_late_answer_is_an_error_and_closes_the_connection() -> None:
+    async with triton(says(), says(ANSWER + BODY)) as (made, connections):
+        with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
+            await infer(made, 0.05)
+        await asyncio.wait_for(connections[0].wait_closed(), 60)
+        assert await infer(made) == [[1.5, -2.0]]
+
+
+async def test_a_cancelled_call_closes_its_connection() -> None:
+    called = asyncio.Event()
+
+    async def wait(_: asyncio.StreamWriter) -> None:
+        called.set()
+
+    async with triton(wait) as (made, connections):
+        call = asyncio.create_task(infer(made))
+        await asyncio.wait_for(called.wait(), 60)
+        call.cancel()
+        await asyncio.wait_for(connections[0].wait_closed(), 60)
+
+
+async def test_a_server_that_closed_an_idle_connection_gets_a_new_one() -> None:
+    async with triton(says(ANSWER + BODY), says(ANSWER + BODY)) as (made, connections):
+        await infer(made)
+        connections[0].close()
+        await connections[0].wait_closed()
+        while not made._idle[0].lost:
+            await asyncio.sleep(0.01)
+        assert await infer(made) == [[1.5, -2.0]]
 
 
 def test_without_a_server_it_is_unreachable() -> None:
