@@ -154,8 +154,7 @@ class Gateway:
         raise AssertionError(f"no line with {fields}")
 
     def metrics(self) -> dict[str, float]:
-        lines = urllib.request.urlopen(f"http://127.0.0.1:{self.internal_port}/metrics").read().decode().splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+        return series_of(f"http://127.0.0.1:{self.internal_port}/metrics")
 
     def connect(self, *protocols: str, version: ssl.TLSVersion | None = None) -> ssl.SSLSocket:
         """A TLS connection that trusts only the gateway's authority."""
@@ -213,6 +212,13 @@ class Gateway:
 def limits_of(server: EmbeddedServer, folder: Path, **changed: Any) -> str:
     """`limits.conf` for a server's repository, with changed properties of its models; `folder` has no deploy.toml."""
     return limits([replace(model, **changed) for model in served_models(server.repository, folder)])
+
+
+def series_of(url: str) -> dict[str, float]:
+    """The value of each series of a program's metrics."""
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] not in ("", "#"))}
 
 
 def wait_for(ask: Callable[[], Any], holds: Callable[[Any], bool] = bool, wait_s: float = 60) -> Any:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,7 +25,7 @@ from serving.stack.gateway_limits import limits
 from tests.add_one import write_add_one
 from tests.conftest import FREE, RunHere
 from tests.fake_kserve import http_answer, http_serving
-from tests.gateway import Gateway, free_port, json_body, skip_without_nginx, wait_for
+from tests.gateway import Gateway, free_port, json_body, series_of, skip_without_nginx, wait_for
 from tests.test_onnxruntime_backend import write_fragile
 
 X = {"x": np.zeros((1, 2, 3), np.float32)}
@@ -140,10 +136,11 @@ def test_what_callers_do_wrong_is_no_failure_of_the_model(traced: Observed) -> N
     for body in (b"x", json_body(rows=9), json_body().replace(b"FP32", b"INT64"), json_body().replace(b'"x"', b'"z"')):
         status, _ = traced.gateway.http("POST", "/v2/models/add_one/infer", body=body)
         assert status >= 400
-    text = urllib.request.urlopen(traced.server.metrics_url).read().decode()
-    counts = re.findall(r'^nv_inference_request_failure\{model="add_one",.*\} (\d+)$', text, re.MULTILINE)
-    assert counts
-    assert set(counts) == {"0"}
+    found = series_of(traced.server.metrics_url)
+    counts = {
+        count for name, count in found.items() if name.startswith('nv_inference_request_failure{model="add_one",')
+    }
+    assert counts == {0}
 
 
 # ---- traces ----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from export.stages.publish import publish_version
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
 from tests.conftest import FREE, serves
-from tests.gateway import wait_for
+from tests.gateway import series_of, wait_for
 
 models = serves("built")
 
@@ -62,9 +62,7 @@ def write_fragile(repository: Path, name: str = "fragile") -> None:
 
 def counter(server: EmbeddedServer, series: str) -> float:
     """One of Triton's counters."""
-    lines = urllib.request.urlopen(server.metrics_url).read().decode().splitlines()
-    (value,) = (line.removeprefix(series) for line in lines if line.startswith(f"{series} "))
-    return float(value)
+    return series_of(server.metrics_url)[series]
 
 
 def infer(server: EmbeddedServer, model: str, inputs: dict[str, np.ndarray], **parameters: bool) -> np.ndarray:

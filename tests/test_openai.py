@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from jsonschema import Draft202012Validator
 from serving.openai.metrics import Metrics
 from serving.openai.routes import BODY_BYTES
 from tests.add_one import write_add_one
+from tests.gateway import series_of
 from tests.test_embedded import Serving, start
 from tests.test_openapi import DOCUMENT
 from tests.test_text import MOST_TOKENS, ids_of
@@ -78,13 +80,7 @@ def call(
 
 def scrape(serving: Serving) -> dict[str, float]:
     """The value of each series."""
-    connection = http.client.HTTPConnection(serving.places["OpenAI"].removeprefix("http://").removesuffix("/v1"))
-    connection.request("GET", "/metrics")
-    answer = connection.getresponse()
-    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-    lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
-    connection.close()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    return series_of(serving.places["OpenAI"].removesuffix("/v1") + "/metrics")
 
 
 def test_a_long_list_is_answered_in_order(client: openai.OpenAI, expected: np.ndarray) -> None:
@@ -233,6 +229,8 @@ def test_requests_texts_and_tokens_are_counted(serving: Serving) -> None:
         f"openai_request_duration_seconds_count{{{REFUSED}}}": 1,
         f'openai_request_duration_seconds_bucket{{{SHORT},le="+Inf"}}': 1,
     }
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert {name: added[name] for name in expected} == expected
     assert added[f"openai_request_duration_seconds_sum{{{SHORT}}}"] > 0
 
