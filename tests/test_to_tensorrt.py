@@ -191,13 +191,16 @@ ATTENTION_11 = [
     layer("gemm", "Float8", "Datatype", Constants=[{"Name": "w", "Datatype": "Float8"}]),
     layer("gemm", "Half", "Datatype", Constants=[{"Name": "b", "Datatype": "Half"}, {"Name": "w", "Datatype": "Int8"}]),
     layer("kgen", "Float", "Datatype"),
+    {**layer("kgen", "BFloat16", "Datatype"), "Name": "_gemm_mha_v2_myl0_4"},
+    layer("kgen", "BFloat16", "Datatype", TacticName="fmha_v2_flash_attention_bf16"),
+    {**layer("kgen", "Half", "Datatype"), "Name": "__myl_Add_mha_output_myl0_7"},
     layer("gemm", "Float", "Datatype", Constants=None),
 ]
 
 
 def test_the_inspectors_layers_are_counted_by_type() -> None:
-    assert compute_layers(ATTENTION) == {"int8": 2, "int8_weights": 1, "fp16": 1, "bf16": 1}
-    assert compute_layers(ATTENTION_11) == {"int8": 1, "fp8": 1, "int8_weights": 1, "fp32": 1}
+    assert compute_layers(ATTENTION) == {"int8": 2, "int8_weights": 1, "fp16": 2, "bf16": 1}
+    assert compute_layers(ATTENTION_11) == {"int8": 1, "fp8": 1, "int8_weights": 1, "bf16": 4, "fp32": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-# Types of layers in the inspector's JSON: convolutions, matrix products, and fused attention, which holds two of them.
-_COMPUTE = re.compile(r"conv|gemm|matrixmultiply|matmul|fullyconnected|mha|attention", re.IGNORECASE)
+# Types of layers in the inspector's JSON: convolutions and matrix products.
+_COMPUTE = re.compile(r"conv|gemm|matrixmultiply|matmul|fullyconnected", re.IGNORECASE)
+# Fused attention, which holds two products, by type, or by the name or kernel of a layer of the type "kgen".
+_ATTENTION = re.compile(r"attention|(^|[\W_])f?mha([\W_]|$)", re.IGNORECASE)
+_FUSED = re.compile(r"(^|\s)_*(gemm_)?f?mha_", re.IGNORECASE)
 # Words of a tensor's type, in this order: BFloat16 contains Float.
 _TYPES = {
     "int8": ("int8",),
@@ -60,11 +63,19 @@ def _inspected(trt: Any, plan: bytes, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def compute_layers(layers: list[Any]) -> Counter[str]:
     """The compute layers of an inspector's JSON by type; layers given by name only, without details, do not count."""
-    return Counter(
-        _engine_type(layer)
-        for layer in layers
-        if isinstance(layer, dict) and _COMPUTE.search(f"{layer.get('LayerType')} {layer.get('ParameterType')}")
-    )
+    counts = Counter[str]()
+    for layer in layers:
+        if isinstance(layer, dict) and (products := _products(layer)):
+            counts[_engine_type(layer)] += products
+    return counts
+
+
+def _products(layer: dict[str, Any]) -> int:
+    """The matrix products and convolutions in a layer."""
+    kind = f"{layer.get('LayerType')} {layer.get('ParameterType')}"
+    if _ATTENTION.search(kind) or _FUSED.search(f"{layer.get('Name')} {layer.get('TacticName')}"):
+        return 2
+    return 1 if _COMPUTE.search(kind) else 0
 
 
 def _engine_type(layer: dict[str, Any]) -> str:
