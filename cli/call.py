@@ -12,7 +12,7 @@ from deepseek_client.cli import commands
 from deepseek_client.cli.main import run
 
 from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
-from deepseek.spec.deployment import catalogue_of
+from deepseek.spec.deployment import catalogue_of, read_catalogue
 from deepseek.spec.files.repository import versions_of
 from deepseek.spec.vocabulary import CATALOGUE, EXCLUDE, HISTORY, K
 from loadtests.load.inputs import count_rows, named, read_rows
@@ -50,7 +50,7 @@ def _is_renumbered(spec: DeploymentSpec, repository: Path) -> bool:
     served = repository / spec.name / str(version) / CATALOGUE
     if spec.vocabulary is None or not served.is_file():
         return False
-    return served.read_bytes() != catalogue_of(spec)[0].read_bytes()
+    return read_catalogue(served).names.tolist() != catalogue_of(spec)[1].names.tolist()
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -204,6 +204,10 @@ def test_infer_sends_its_row_by_name_if_the_served_version_has_other_ids(
     seen, never = ([13 - item for item in row[name][0].tolist() if item] for name in ("seen", "not_these"))
     assert json.loads(run.stdout)["outputs"]["best"] == [ranked(seen, never)[:5]]
     assert run.stderr.startswith("note: the served version has other ids than this build")
+    lines = [f"{number},{name},new title\r\n" for number, name in enumerate(NAMES[1:], start=1)]
+    (tmp_path / "shop" / "catalogue.csv").write_text("id,item,title\r\n" + "".join(lines), newline="")
+    run = run_here("infer", *place, "--model", "shop", "--json", DEEPSEEK_BUILD=str(built_shop / "build"))
+    assert (run.returncode, run.stderr) == (0, "")  # other line ends and titles, but the same ids
 
 
 def test_infer_sends_a_file_of_names_without_a_build(

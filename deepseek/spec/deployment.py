@@ -289,12 +289,17 @@ def tokenizer_path(spec: DeploymentSpec) -> Path:
 
 def catalogue_of(spec: DeploymentSpec) -> tuple[Path, Vocabulary]:
     """The file that `vocabulary.file` names, found in the same way, and the names in it. Raises InputError."""
-    from deepseek.vocabulary import Vocabulary
-
     assert spec.vocabulary is not None
     path = _beside_the_model(spec, "vocabulary.file", spec.vocabulary.file, "a csv with id,item,title")
+    return path, read_catalogue(path)
+
+
+def read_catalogue(path: Path) -> Vocabulary:
+    """The names in a catalogue. Raises InputError."""
+    from deepseek.vocabulary import Vocabulary
+
     try:
-        return path, Vocabulary(path)
+        return Vocabulary(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
 
