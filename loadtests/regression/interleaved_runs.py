@@ -86,7 +86,8 @@ class InterleavedPlan:
         if fit < LEAST_PAIRS:
             needed_s = math.ceil(self.max_s - left_s + LEAST_PAIRS * pair_s)
             raise InputError(
-                f"--max-s {self.max_s:g}: {LEAST_PAIRS} pairs need about {needed_s} s; raise it or lower --duration-s"
+                f"--max-s {self.max_s:g}: {LEAST_PAIRS} pairs need about {needed_s} s; raise it (BUDGET_S=) or lower "
+                "--duration-s"
             )
         return min(self.pairs, fit)
 
