@@ -41,7 +41,11 @@ class Color(str, enum.Enum):  # noqa: UP042 - its str() is its name
         pytest.param({}, "input 'ids' is missing; it takes ids (INT64 [-1, 3])", id="missing"),
         pytest.param({"ids": IDS, "id": IDS}, "m has no input 'id'; its inputs are ids", id="unknown"),
         pytest.param({"ids": [[1]]}, "is a list; pass a numpy array: np.asarray(..., dtype=np.int64)", id="list"),
-        pytest.param({"ids": np.ma.array(IDS)}, "is a MaskedArray; pass a numpy array", id="masked"),
+        pytest.param(
+            {"ids": np.ma.array(IDS)},
+            "a masked array; say what stands for the masked values: array.filled(value)",
+            id="masked",
+        ),
         pytest.param({"ids": IDS.astype(np.int32)}, "is int32, the model takes int64; cast it", id="dtype"),
         pytest.param({"ids": IDS.astype(">i8")}, "inputs['ids'].astype(np.int64)", id="byte order"),
         pytest.param({"ids": IDS[0]}, "for a batch of one: inputs['ids'][None]", id="no batch"),

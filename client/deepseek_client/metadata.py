@@ -131,7 +131,9 @@ class ModelMetadata:
 
     def _check_array(self, spec: TensorMetadata, array: np.ndarray) -> None:
         where = f"{self.name}: input {spec.name!r}"
-        if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):  # whose bytes have fill values
+        if isinstance(array, np.ma.MaskedArray):  # asarray would send what the mask hides
+            raise InvalidInput(f"{where} is a masked array; say what stands for the masked values: array.filled(value)")
+        if not isinstance(array, np.ndarray):
             wanted = "a list of texts, or a numpy array" if spec.datatype == "BYTES" else "a numpy array"
             raise InvalidInput(
                 f"{where} is a {type(array).__name__}; pass {wanted}: np.asarray(..., dtype={_named(spec.dtype)})"
