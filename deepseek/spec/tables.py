@@ -142,8 +142,8 @@ class BatchingSpec(Table):
     requests that queued up while the model was busy. The embedded Triton always uses 0 (docs/triton.md)."""
     max_queue_size: int | None = Field(None, ge=1, le=INT32)
     """Requests that may wait. When the queue is full, further requests are refused at once (HTTP 503, gRPC
-    UNAVAILABLE). Absent: four times what the measured batches serve within the queue time-out, at least 128; 512 if
-    nothing was measured."""
+    UNAVAILABLE). Absent: four times what the measured batches serve within the queue time-out, from 128 to 100,000;
+    512 if nothing was measured."""
     queue_timeout_ms: int | None = Field(None, ge=1, le=INT32)
     """Requests that wait longer in the queue are refused. Absent: `slo.p99_ms` less the time of two measured batches;
     half of `slo.p99_ms` if nothing was measured; 200 without a latency in the SLO."""

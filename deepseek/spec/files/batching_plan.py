@@ -8,13 +8,16 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
 - `run_rows` is the smallest b that keeps 97 % of the best throughput, n b / (t(b) + s), of all with t(b) <= L / 4. A
   request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four. s is
   what a batch costs the server beside the model (SERVER_MS). More rows run in equal parts of at least b.
-- `preferred_batch` is b. For texts, it is the most rows that take up to L / 3, or L / 4 if one batch runs at once: then
-  two whole batches are ahead of a request. They run in parts of similar length, and each is answered when its part is
-  done. More texts need less padding, but raise the tail in an overload (docs/research/2026-11-texts-in-parts.md).
-- `queue_timeout_ms` is L - 2 t(b): a request that waits longer cannot be answered in time. One t(b) is its own batch,
-  the other is a reserve for longer rows and for noise.
-- `max_queue_size` is four times the rows that n instances serve within that time, at least LEAST_QUEUE: shorter rows
-  take less time, and a caller that a full queue refuses often retries at once, which takes the cores from the model.
+- `preferred_batch` is b, but at most as many requests as cost the server L / 4, of REQUEST_MS each. For texts, it is
+  the most rows that take up to L / 3, or L / 4 if one batch runs at once: then two whole batches are ahead of a
+  request. They run in parts of similar length, and each is answered when its part is done. More texts need less
+  padding, but raise the tail in an overload (docs/research/2026-11-texts-in-parts.md).
+- `queue_timeout_ms` is L - 2 T, with T the time of such a batch (or of b texts) and what it costs the server: a request
+  that waits longer cannot be answered in time. One T is its own batch, the other is a reserve for longer rows and for
+  noise.
+- `max_queue_size` is four times the smallest requests that n instances serve within that time, at least LEAST_QUEUE:
+  shorter rows take less time, and a caller that a full queue refuses often retries at once, which takes the cores from
+  the model. It is at most MOST_QUEUE, since each request that waits takes memory.
 
 Example:
     batching_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
@@ -25,15 +28,16 @@ from __future__ import annotations
 import math
 
 from deepseek.spec.deployment import DeploymentSpec
-from deepseek.spec.files.measured_batches import BatchingPlan, MeasuredBatches
+from deepseek.spec.files.measured_batches import REQUEST_MS, BatchingPlan, MeasuredBatches
 from deepseek.spec.objectives import SloSpec
+from deepseek.spec.tables import BATCH
 
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
 TEXTS_IN_LIMIT = 3  # as above, for joined texts, if several batches run at once
 RESERVED_BATCHES = 2  # batch times of a request's time limit that the queue leaves
 QUEUE_RESERVE = 4
-LEAST_QUEUE = 128
+LEAST_QUEUE, MOST_QUEUE = 128, 100_000
 # Without a measurement.
 SHARE_IN_QUEUE = 0.5  # of the SLO's p99
 DEFAULT_TIMEOUT_MS, DEFAULT_QUEUE_SIZE = 200, 512
@@ -55,18 +59,20 @@ def batching_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precisio
     batching, limit_ms, reasons = spec.batching, tail_limit_ms(spec.slo), dict[str, str]()
     run, reasons["run_rows"] = _run_rows(spec, fitting, limit_ms)
     batch, reasons["preferred_batch"] = run, reasons["run_rows"]
+    largest, rows_each = spec.max_served_batch, spec.axes[BATCH].min
     if batching.preferred_batch is not None:
         batch, reasons["preferred_batch"] = batching.preferred_batch, "set by hand"
         if fitting and not spec.text:
             run, reasons["run_rows"] = batch, "set by hand"
-    elif fitting and run and spec.text and limit_ms is not None:
-        batch, reasons["preferred_batch"] = _texts(fitting, run, spec.max_served_batch, limit_ms)
-    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, run or spec.max_served_batch, limit_ms)
+    elif fitting and run and limit_ms is not None:
+        joined = _texts(fitting, run, largest, limit_ms) if spec.text else _requests(run, rows_each, limit_ms)
+        batch, reasons["preferred_batch"] = joined or (run, reasons["run_rows"])
+    typical = min(run or largest, batch or largest)
+    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, typical, rows_each, limit_ms)
     timeout_ms = max(timeout_ms, math.ceil(2 * batching.max_queue_delay_us / 1000))
     if batching.queue_timeout_ms is not None:
         timeout_ms, reasons["queue_timeout_ms"] = batching.queue_timeout_ms, "set by hand"
-    largest = spec.max_served_batch
-    size, reasons["max_queue_size"] = _queue_size(fitting, run or largest, batch or largest, timeout_ms)
+    size, reasons["max_queue_size"] = _queue_size(fitting, typical, batch or largest, rows_each, timeout_ms)
     if batching.max_queue_size is not None:
         size, reasons["max_queue_size"] = batching.max_queue_size, "set by hand"
     follows = fitting is not None and any(reason != "set by hand" for reason in reasons.values())
@@ -108,24 +114,35 @@ def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> t
     return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {share}), at least {run}"
 
 
-def _timeout(measured: MeasuredBatches | None, run: int, limit_ms: float | None) -> tuple[int, str]:
+def _requests(run: int, rows_each: int, limit_ms: float) -> tuple[int, str] | None:
+    """The most rows to join, and why; None if the server handles the requests of `run` rows in time."""
+    part_ms = limit_ms / BATCHES_IN_LIMIT
+    rows = rows_each * max(1, math.floor(part_ms / REQUEST_MS))
+    if rows >= run:
+        return None
+    return rows, f"a request costs the server {REQUEST_MS:g} ms, so many {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT})"
+
+
+def _timeout(measured: MeasuredBatches | None, rows: int, rows_each: int, limit_ms: float | None) -> tuple[int, str]:
     """How long a request may wait, in ms, and why."""
     if limit_ms is None:
         return DEFAULT_TIMEOUT_MS, "the default, for an SLO without a latency"
     if measured is None:
         return max(1, math.floor(SHARE_IN_QUEUE * limit_ms)), f"half of p99, {limit_ms:g} ms; no batch was measured"
-    batch_ms = measured.ms_of(run)
+    batch_ms = measured.joined_ms(rows, rows_each)
     left_ms = limit_ms - RESERVED_BATCHES * batch_ms
     if left_ms >= batch_ms:
         return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {RESERVED_BATCHES} x {batch_ms:.3g} ms, a batch"
     return math.ceil(batch_ms), f"one batch, {batch_ms:.3g} ms: p99 {limit_ms:g} ms leaves less to wait"
 
 
-def _queue_size(measured: MeasuredBatches | None, run: int, joined: int, timeout_ms: int) -> tuple[int, str]:
+def _queue_size(
+    measured: MeasuredBatches | None, rows: int, joined: int, rows_each: int, timeout_ms: int
+) -> tuple[int, str]:
     """Requests that may wait, and why."""
     if measured is None:
         return DEFAULT_QUEUE_SIZE, "the default; no batch was measured"
-    rate = measured.rows_per_s(run)
-    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joined * measured.instances, LEAST_QUEUE)
-    least = f"at least {LEAST_QUEUE} and two batches an instance"
-    return size, f"{QUEUE_RESERVE} x {rate:.4g} rows/s x {timeout_ms} ms, {least}"
+    rate, joins = measured.requests_per_s(rows, rows_each), joined // rows_each
+    size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joins * measured.instances, LEAST_QUEUE)
+    bounds = f"at least {LEAST_QUEUE} and two batches an instance, at most {MOST_QUEUE}"
+    return min(size, MOST_QUEUE), f"{QUEUE_RESERVE} x {rate:.4g} requests/s x {timeout_ms} ms, {bounds}"

@@ -18,7 +18,9 @@ from deepseek.spec.deployment import DeploymentSpec, build_dir
 from deepseek.spec.machine.cpu import Cpu
 from deepseek.targets import Target
 
-SERVER_MS = 0.3  # CPU time of a batch beside the model: Triton 2.51, the recommender in batches of 4 and of 16
+# CPU time beside the model, Triton 2.51.
+SERVER_MS = 0.3  # of a batch: the recommender in batches of 4 and of 16
+REQUEST_MS = 0.05  # of a request in a batch: two layers with one input and one output, 512 requests of one row
 
 
 class BatchTime(Table):
@@ -65,8 +67,16 @@ class MeasuredBatches(Table):
         return self.instances / self.at_once
 
     def rows_per_s(self, rows: int) -> float:
-        """Rows per second of the server, in batches of `rows`."""
+        """Rows per second of the server, in batches of `rows` that one request holds."""
         return 1000 * self.at_once * rows / (self.ms_of(rows) + SERVER_MS)
+
+    def joined_ms(self, rows: int, rows_each: int = 1) -> float:
+        """Time of a batch that joins requests of `rows_each`, with what it costs the server."""
+        return self.ms_of(rows) + SERVER_MS + REQUEST_MS * rows / rows_each
+
+    def requests_per_s(self, rows: int, rows_each: int = 1) -> float:
+        """Requests per second of the server, in batches of `rows`."""
+        return 1000 * self.at_once * rows / rows_each / self.joined_ms(rows, rows_each)
 
 
 class BatchingPlan(Table):
