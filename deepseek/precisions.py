@@ -44,7 +44,7 @@ PRECISIONS: dict[Precision, PrecisionFacts] = {
         cosine=0.9999,
         common=0.99,
         why_tolerances="Another order of summation costs about 1e-6; 1e-3 is also the limit of the export. "
-        "TensorRT's TF32 has fp16's mantissa and gets its tolerances.",
+        "TF32, in which NVIDIA GPUs multiply fp32, has fp16's mantissa and gets its tolerances.",
     ),
     "fp16": PrecisionFacts(
         bits=16,

@@ -10,6 +10,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,3 +52,19 @@ PUBLISHABLE: tuple[Target, ...] = tuple(name for name, row in TARGETS.items() if
 def is_accelerator(provider: str) -> bool:
     """Whether an execution provider names an accelerator; "auto" does not, as it may fall back to the CPU."""
     return provider in PROVIDERS and PROVIDERS[provider].is_accelerator
+
+
+def is_nvidia(provider: str) -> bool:
+    """Whether an execution provider names an NVIDIA GPU; "auto" does not."""
+    return provider in PROVIDERS and PROVIDERS[provider].is_nvidia
+
+
+def in_tf32(target: Target, provider: str | None, found: Mapping[str, object]) -> bool:
+    """Whether fp32 is multiplied in TF32, the default on an NVIDIA GPU of TensorRT, of ONNX Runtime and of PyTorch's
+    convolutions.
+
+    `provider` is ONNX Runtime's, `found` are the facts in the engine's manifest.
+    """
+    if target == "onnxruntime":
+        return is_nvidia(provider or "")
+    return target != "tensorrt_rtx" and bool(found.get("tf32"))  # the build runs the graph of RTX on the CPU

@@ -23,7 +23,7 @@ from deepseek.spec import DeploymentSpec, GateFailed, InputError, PublishedManif
 from deepseek.spec.files.folders import alone_in
 from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
 from deepseek.spec.machine.gpus import parse_gpus
-from deepseek.spec.tables import TargetSpec
+from deepseek.spec.tables import OnnxRuntimeSpec, TargetSpec
 from export.artifact import choice_of, choice_path, digests, read_manifest, refuse, sha256, write_manifest
 from export.checks.parity_cases import tolerance_of
 from export.stages import publish
@@ -99,6 +99,9 @@ def test_an_fp32_engine_in_tf32_says_so(planned: Path, own_build: Path, tmp_path
         publish_version(IMAGE, "fp32", "tensorrt", tmp_path / "repository")
         parameters = read_config(tmp_path / "repository" / "image" / "config.pbtxt").parameters
         assert {*parameters} - {"precision"} == told
+    on_cuda = IMAGE.model_copy(update={"onnxruntime": OnnxRuntimeSpec(provider="cuda")})
+    publish_version(on_cuda, "fp32", "onnxruntime", tmp_path / "cuda")
+    assert "tf32" in read_config(tmp_path / "cuda" / "image" / "config.pbtxt").parameters
     for parameters, like in ((["precision"], "fp32"), (["precision", "tf32"], "fp16")):
         assert tolerance_of(IMAGE, "fp32", parameters).model_dump() == getattr(IMAGE.parity, like).model_dump()
 

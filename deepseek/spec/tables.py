@@ -238,6 +238,15 @@ class ParitySpec(_Tolerances):
         """The tolerance of a precision."""
         return getattr(self, precision)
 
+    def of_tf32(self) -> Tolerance:
+        """For fp32 in TF32, which has fp16's mantissa: fp16's default, or fp32's tolerance where that is larger."""
+        fp16, fp32 = ParitySpec().of("fp16"), self.of("fp32")
+        return Tolerance(
+            worst_error=max(fp16.worst_error, fp32.worst_error),
+            cosine=min(fp16.cosine, fp32.cosine),
+            common=min(fp16.common, fp32.common),
+        )
+
 
 class OnnxRuntimeSpec(Table):
     """How ONNX Runtime runs the graph of the target `onnxruntime`; see docs/targets.md."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError, ParitySpec, Precision, Tolerance
+from deepseek.spec import BATCH, DeploymentSpec, InputError, Precision, Tolerance
 from deepseek.spec.files.repository import TF32
 from deepseek.spec.paired_drop import DropJudgement, values_text
 from export.artifact import pruning_of
@@ -55,21 +55,16 @@ class ParityCheck:
 
 
 def same_engine(spec: DeploymentSpec) -> Tolerance:
-    """Tolerance between two answers of one engine: another batch may use another kernel, at worst as coarse as fp16.
+    """Tolerance between two answers of one engine: another batch may use another kernel, at worst as coarse as TF32.
 
     If deploy.toml allows fp32 more than that, the larger tolerance applies: the model itself loses digits.
     """
-    fp16, fp32 = ParitySpec().of("fp16"), spec.parity.of("fp32")
-    return Tolerance(
-        worst_error=max(fp16.worst_error, fp32.worst_error),
-        cosine=min(fp16.cosine, fp32.cosine),
-        common=min(fp16.common, fp32.common),
-    )
+    return spec.parity.of_tf32()
 
 
 def tolerance_of(spec: DeploymentSpec, precision: Precision, parameters: Collection[str]) -> Tolerance:
-    """The tolerance of a served model with these parameters; fp16's for an fp32 engine in TF32."""
-    return same_engine(spec) if TF32 in parameters else spec.parity.of(precision)
+    """The tolerance of a served model with these parameters."""
+    return spec.parity.of_tf32() if TF32 in parameters else spec.parity.of(precision)
 
 
 def corners(spec: DeploymentSpec) -> list[dict[str, int]]:

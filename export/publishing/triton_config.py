@@ -25,7 +25,7 @@ from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.measured_batches import BatchingPlan
 from deepseek.spec.text import OFFSETS, text_axis, token_outputs
 from deepseek.spec.vocabulary import HISTORY, MOST_NAMES, UNKNOWN, VOCABULARY, K
-from deepseek.targets import PROVIDERS, TARGETS, is_accelerator
+from deepseek.targets import TARGETS, is_accelerator, is_nvidia
 from deepseek.vocabulary import Vocabulary
 from export.rows import Row
 
@@ -224,8 +224,7 @@ def _set_backend(config: ModelConfig, spec: DeploymentSpec, target: Target, devi
     else:
         config.backend = "python"
         # `auto` is resolved only when the model loads, so it gets one device; Triton has no kind for AMD or Ascend.
-        provider = PROVIDERS.get(spec.onnxruntime.provider)
-        if provider is None or not provider.is_nvidia:
+        if not is_nvidia(spec.onnxruntime.provider):
             group.kind = ModelInstanceGroup.KIND_CPU
         config.parameters["threads"].string_value = str(spec.batching.threads or 0)
         config.parameters["provider"].string_value = spec.onnxruntime.provider

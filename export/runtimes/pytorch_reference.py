@@ -243,9 +243,9 @@ def check_rows_independent(spec: DeploymentSpec, model: torch.nn.Module, inputs:
             )
 
 
-def tolerance_of(spec: DeploymentSpec, reference: np.ndarray) -> float:
-    """The largest allowed `error_of`: `[parity.fp32]` of deploy.toml."""
-    allowed = spec.parity.of("fp32")
+def tolerance_of(spec: DeploymentSpec, reference: np.ndarray, *, tf32: bool = False) -> float:
+    """The largest allowed `error_of`: `[parity.fp32]` of deploy.toml, or more in TF32."""
+    allowed = spec.parity.of_tf32() if tf32 else spec.parity.of("fp32")
     if reference.dtype.kind != "f":
         return 1 - allowed.common
     return max(allowed.worst_error, HALF_TOLERANCE if reference.dtype == np.float16 else 0.0)
@@ -258,10 +258,13 @@ def check_corners(
     what: str,
     rows: list[Row],
     branches: Sequence[dict[str, int]] = (),
+    *,
+    tf32: bool = False,
 ) -> list[dict[str, Any]]:
     """Worst error of `predict` by output at each checked shape; raises GateFailed past the tolerance.
 
-    `branches`: further sizes, at which `forward` takes another path than the traced one.
+    `branches`: further sizes, at which `forward` takes another path than the traced one. `tf32`: whether `predict`
+    multiplies in it.
     """
     checks = []
     for sizes, inputs in _checked_inputs(spec, rows, branches):
@@ -282,7 +285,7 @@ def check_corners(
                     f"PyTorch gives {reference.shape}; a size is baked into forward"
                 )
             worst[name] = error_of(value, reference)
-            if not worst[name] <= (allowed := tolerance_of(spec, reference)):
+            if not worst[name] <= (allowed := tolerance_of(spec, reference, tf32=tf32)):
                 raise GateFailed(
                     f"{what}: output {name!r} at {sizes_text(sizes)} is off by {worst[name]:.3g} relative to PyTorch; "
                     f"allowed {allowed:.2g}; {_why_off(spec, worst[name], reference)}"

@@ -73,7 +73,7 @@ def compared(own: Sequence[float], base: Sequence[float]) -> SpeedComparison:
 
 def clocks() -> str:
     """Clocks of the first GPU now, its highest ones, and why it is throttled; "" without one."""
-    query = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks_throttle_reasons.active"
+    query = "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,clocks_event_reasons.active"
     try:
         run = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

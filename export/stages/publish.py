@@ -45,7 +45,7 @@ from deepseek.spec.files.version_files import add_version, move, retire
 from deepseek.spec.machine.gpus import gpus, matching
 from deepseek.spec.tokenizer import text_encoder
 from deepseek.spec.vocabulary import CATALOGUE, HISTORY
-from deepseek.targets import PUBLISHABLE, TARGETS
+from deepseek.targets import PUBLISHABLE, TARGETS, in_tf32
 from deepseek.vocabulary import Vocabulary
 from export.artifact import (
     axes_of,
@@ -217,7 +217,7 @@ def _stage(
     left_out = optimizers_left_out(engine) if target == "onnxruntime" else []
     warmup = {str(VERSION if front else version): row}
     config = model_config(spec, precision, target, warmup, device, left_out, on_gpus, plan, vocabulary)
-    if precision == "fp32" and built.found.get("tf32"):
+    if precision == "fp32" and in_tf32(target, spec.onnxruntime.provider, built.found):
         config.parameters[TF32].string_value = "true"
     if front:
         config = put_front(config, spec, target, folder, row, vocabulary)

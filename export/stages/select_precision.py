@@ -19,7 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-from deepseek.precisions import PRECISIONS
 from deepseek.spec import (
     BATCH,
     DeploymentSpec,
@@ -34,6 +33,7 @@ from deepseek.spec import (
     one_line,
 )
 from deepseek.spec.machine.cpu import has_int8_dot_products
+from deepseek.targets import in_tf32
 from export.artifact import (
     choice_path,
     engine_path,
@@ -163,7 +163,7 @@ class _Comparison:
 
     def _accuracy(self, name: Precision, predict: Predict) -> dict[str, Any]:
         """Accuracy and size of a variant, with PyTorch's metrics. All but the size may come from the cache."""
-        spec = self.source.spec
+        spec, engine = self.source.spec, read_manifest(engine_path(self.source.spec.name, name, self.target))
 
         def measure() -> dict[str, Any]:
             found = _measured(self.baseline, predict, sensitivity_of(spec, name))
@@ -171,8 +171,9 @@ class _Comparison:
 
         found = measured(accuracy_key(self.source, name, self.weights), spec.name, measure)
         if name == "fp32":
-            _check_fp32(spec, self.target, found["parity"])
-        return {**found, "size_bytes": read_manifest(engine_path(spec.name, name, self.target)).size_bytes}
+            provider = provider_of(spec) if self.target == "onnxruntime" else None
+            _check_fp32(spec, self.target, found["parity"], tf32=in_tf32(self.target, provider, engine.found))
+        return {**found, "size_bytes": engine.size_bytes}
 
     def speeds(self, variants: dict[str, dict[str, Any]]) -> tuple[dict[str, list[float]], dict[str, Any]]:
         """Times all variants and PyTorch, and adds the speeds to `variants`.
@@ -221,11 +222,9 @@ def _measured(baseline: Baseline, predict: Predict, sensitivity: dict[str, Any] 
     }
 
 
-def _check_fp32(spec: DeploymentSpec, target: Target, parity: dict[str, dict[str, float]]) -> None:
+def _check_fp32(spec: DeploymentSpec, target: Target, parity: dict[str, dict[str, float]], *, tf32: bool) -> None:
     """Raises GateFailed if fp32 differs from PyTorch: a metric might not reveal a graph of another model."""
-    allowed = spec.parity.of("fp32").worst_error
-    if target == "tensorrt":  # TF32 has fp16's mantissa
-        allowed = max(allowed, PRECISIONS["fp16"].worst_error)
+    allowed = (spec.parity.of_tf32() if tf32 else spec.parity.of("fp32")).worst_error
     for name, numbers in parity.items():
         error = numbers.get("worst_error", 0.0)
         if error > allowed:

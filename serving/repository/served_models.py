@@ -18,7 +18,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, Objective, Precision, PublishedManifest, Target
 from deepseek.spec.files.repository import ENGINE, versions_of
 from deepseek.spec.vocabulary import VOCABULARY
-from deepseek.targets import PROVIDERS, is_accelerator
+from deepseek.targets import is_accelerator, is_nvidia
 from serving.repository.checks import config_of, models_in, served_manifests, wanted_versions
 
 MIB = 2**20
@@ -63,7 +63,7 @@ class ServedModel:
     @property
     def has_image(self) -> bool:
         """Whether an image of the stack can run it: none has a provider for AMD or Ascend."""
-        return not is_accelerator(self.provider) or _is_nvidia(self.provider)
+        return not is_accelerator(self.provider) or is_nvidia(self.provider)
 
     @property
     def body_bytes(self) -> int:
@@ -93,10 +93,6 @@ class ServedModel:
     def shm_bytes(self) -> int:
         """Shared memory of the Python backend: per instance 1 MiB, the running batch and the one being answered."""
         return self.instances * (2 * (max(self.input_bytes, self.text_bytes) + self.output_bytes) + MIB)
-
-
-def _is_nvidia(provider: str) -> bool:
-    return provider in PROVIDERS and PROVIDERS[provider].is_nvidia
 
 
 def has_openai_routes(models: list[ServedModel]) -> bool:
@@ -130,7 +126,7 @@ def _served(folder: Path, models: Path | None) -> ServedModel:
         name=folder.name,
         needs_gpu=(config.backend or config.platform) not in ("", "python")
         or ENGINE in config.parameters
-        or _is_nvidia(provider),
+        or is_nvidia(provider),
         provider=provider,
         instances=max(1, group.count),
         weights_bytes=manifest.size_bytes if manifest else 0,
