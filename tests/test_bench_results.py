@@ -11,6 +11,7 @@ from typing import cast
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 from cli.commands import BY_NAME
 from deepseek.spec import InputError
@@ -21,6 +22,8 @@ from tests.bench.run import LONGEST_S, PARTS
 from tests.bench.setting import Bench, begun_on, chosen, on
 from tests.bench.tables import TABLES, Goal
 from tests.bench.training import PARTS as TRAINING
+from tests.bench.training import low_precision_and_checkpointing
+from tests.bench.training_memory import shape
 from tests.warm import run_warm
 
 MET = Ratio.of("client p50 over tritonclient: grpc", [1.0, 1.05, 1.2, 1.02, 1.04])
@@ -83,6 +86,14 @@ def test_the_help_of_the_commands_names_every_part() -> None:
     for name, parts in (("measure-failure", EXPERIMENTS), ("measure-training", TRAINING)):
         (only,) = (option for option in BY_NAME[name].options if option.flag == "--only")
         assert only.choices == tuple(parts)
+
+
+def test_the_rows_about_a_gpu_measure_what_they_say() -> None:
+    rows = low_precision_and_checkpointing(torch.device("cpu"), shape(num_layers=4, max_length=64), rows=8)
+    seen = {row.what.strip(): row.seen for row in rows}
+    assert [*seen] == ["bf16 on the CPU: speed", "peak of a step", "checkpointing on the CPU: peak of a step", "time"]
+    assert seen["peak of a step"].startswith("-")
+    assert seen["checkpointing on the CPU: peak of a step"].startswith("-")
 
 
 # -- the pages ------------------------------------------------------------------------------------

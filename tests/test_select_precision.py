@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 
 from deepseek.precisions import Precision
 from deepseek.spec import DeploymentSpec, Target
@@ -41,6 +43,14 @@ def no_kernel(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def crash(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     os.kill(os.getpid(), signal.SIGSEGV)
     return {}
+
+
+def test_a_model_folder_may_ask_for_a_gpu_before_the_trial_in_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    monkeypatch.setattr(select_precision, "ModelFolder", lambda *_: pytest.fail(str(torch.cuda._nvml_based_avail())))
+    options = argparse.Namespace(json=False, model="image", models=Path("tests/models"))
+    with pytest.raises(pytest.fail.Exception, match="True"):  # else CUDA would be initialized, and unusable in a fork
+        select_precision.main(options)
 
 
 @pytest.mark.parametrize(

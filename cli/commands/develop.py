@@ -103,7 +103,10 @@ ROWS = (
             Option(
                 "--only",
                 "only this part; repeat",
-                choices=("checkpointing", "accumulation", "prediction", "mixed-precision", "clipping", "batch-size"),
+                choices=(
+                    *("checkpointing", "accumulation", "prediction", "mixed-precision", "clipping", "batch-size"),
+                    "gpu",
+                ),
                 repeat=True,
             ),
         ),

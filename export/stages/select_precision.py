@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -287,6 +288,8 @@ def without_rows(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(options: argparse.Namespace) -> None:
+    # Many a model.py asks torch.cuda.is_available(). Without this, that initializes CUDA, and no fork can use it then.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with kept_for_json(options.json):
         source = ModelFolder(options.model, options.models)
         result = compare(source, options.target, None if options.precision == "auto" else options.precision)
