@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from deepseek_client import InferenceClient
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from cli.commands import BY_NAME
 from cli.main import values_of
@@ -269,6 +269,40 @@ def test_the_tokenizer_lower_cases_and_cuts_as_the_checkpoint_says_and_pads_on_t
     rows = ModelFolder("some", tmp_path / "models").rows("evaluation", 500)
     whole = [row for row in rows if row["attention_mask"].sum() == POSITIONS]
     assert {row["input_ids"][0, -2] for row in whole} == {tokenizer.token_to_id(".")}  # the texts end with a full stop
+
+
+BERT = normalizers.BertNormalizer
+BYTES = pre_tokenizers.ByteLevel
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "settings", "expected"),
+    [
+        ("bert", BERT(lowercase=False), {"do_lower_case": True}, BERT()),
+        ("distilbert", BERT(), {"do_lower_case": False, "strip_accents": True}, BERT(lowercase=False, strip_accents=True)),
+        ("electra", BERT(), {"tokenize_chinese_chars": False}, BERT(handle_chinese_chars=False)),
+        ("bert", BERT(lowercase=False), {"model_max_length": 24}, BERT()),  # the default of the class
+        ("mpnet", BERT(lowercase=False), {"tokenizer_class": "MPNetTokenizerFast"}, BERT()),
+        ("bert", BERT(lowercase=False), {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": True}, BERT(lowercase=False)),
+        ("bert", BERT(lowercase=False), {}, BERT(lowercase=False)),
+        ("roberta", BYTES(add_prefix_space=False), {"add_prefix_space": True}, BYTES(add_prefix_space=True)),
+        ("modernbert", BYTES(add_prefix_space=True), {"add_prefix_space": False}, BYTES(add_prefix_space=True)),
+    ],
+)  # fmt: skip
+def test_the_class_of_the_tokenizer_normalizes_as_in_transformers(
+    kind: str, step: Any, settings: dict[str, Any], expected: Any, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "some", kind)
+    path = tmp_path / "some" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    part = "normalizer" if isinstance(step, normalizers.Normalizer) else "pre_tokenizer"
+    setattr(tokenizer, part, step)
+    tokenizer.save(str(path))
+    if settings:
+        (tmp_path / "some" / "tokenizer_config.json").write_text(json.dumps(settings))
+    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    found = json.loads((tmp_path / "models" / "some" / "checkpoint" / "tokenizer.json").read_text())[part]
+    assert found == json.loads(expected.__getstate__())
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (with_file("tokenizer.json", "{}"), (), "tokenizer.json: not a tokenizer ("),
     (with_file("tokenizer_config.json", '{"truncation_side": 3}'), (), "tokenizer_config.json: truncation_side: seen 3; allowed: left, right"),
     (with_file("tokenizer_config.json", '{"model_input_names": 3}'), (), "tokenizer_config.json: model_input_names: seen 3; a list of names"),
+    (with_file("tokenizer_config.json", '{"do_lower_case": "no"}'), (), "tokenizer_config.json: do_lower_case: seen 'no'; allowed: true, false"),
     (config(vocab_size=50), (), "tokenizer.json: the largest id is 95, but vocab_size in config.json is 50"),
     (modules(MEAN, "Dense"), (), "modules.json: seen the module Dense; allowed: Transformer, Pooling, Normalize"),
     (modules({"pooling_mode_lasttoken": True}), (), "1_Pooling/config.json: seen the pooling lasttoken; allowed: one of mean, cls, max"),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
+from cli.model_folder.checkpoint_files import check_fetched, read_object, read_optional, whole_number
+from cli.model_folder.checkpoint_tokenizer import class_settings, tokenizer_files, tokenizer_settings, usual_inputs
 from deepseek.spec import InputError
 
 HEADS = {
@@ -52,10 +52,6 @@ KINDS = {
 }
 """The model_types that are tested."""
 POOLINGS = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "spm.model",
-)  # fmt: skip
 SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -64,8 +60,6 @@ SENTENCE_CONFIGS = tuple(
 SENTENCE_SETTINGS = "config_sentence_transformers.json"
 CROSS_ENCODER_KEYS = {"sentence_transformers", "sbert_ce_default_activation_function"}
 """Keys of config.json that only a CrossEncoder of sentence-transformers writes."""
-TYPED = ("BertTokenizer", "DebertaV2Tokenizer")
-"""Classes that give token types in transformers 5, which writes the key `backend` into tokenizer_config.json."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -101,6 +95,8 @@ class Checkpoint:
     default_prompt: str | None
     truncation_side: str | None
     """The side at which transformers cuts long texts, "left" or "right"; None: as tokenizer.json says."""
+    class_settings: dict[str, dict[str, bool | None]]
+    """What transformers sets in the steps of tokenizer.json, by their type."""
 
     @property
     def has_tokenizer(self) -> bool:
@@ -117,17 +113,18 @@ class Checkpoint:
             )
         modules = _modules(folder)
         inside = folder / modules.get("Transformer", "")
-        config = _object(inside / "config.json", _why_no_config(inside))
+        config = read_object(inside / "config.json", _why_no_config(inside))
         kind = _kind(inside / "config.json", config)
         task, pairs = _task(inside / "config.json", config, task)
         limits = _limits(inside, config, kind)
         prompts, default_prompt = _prompts(folder)
         pooling, pooling_from = _pooling(folder, modules, bool(prompts))
-        types = _number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
-        tokenizer = _tokenizer_config(inside / "tokenizer_config.json")
-        width = _number(inside / "config.json", config, "dim" if "dim" in config else "hidden_size")
-        kept = _number(folder / SENTENCE_SETTINGS, _optional(folder / SENTENCE_SETTINGS), "truncate_dim", 0)
-        types &= "token_type_ids" in (tokenizer.get("model_input_names") or _usual_inputs(tokenizer))
+        types = whole_number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
+        path = inside / "tokenizer_config.json"
+        tokenizer = tokenizer_settings(path)
+        width = whole_number(inside / "config.json", config, "dim" if "dim" in config else "hidden_size")
+        kept = whole_number(folder / SENTENCE_SETTINGS, read_optional(folder / SENTENCE_SETTINGS), "truncate_dim", 0)
+        types &= "token_type_ids" in (tokenizer.get("model_input_names") or usual_inputs(tokenizer))
         return cls(
             folder=inside,
             task=task,
@@ -137,34 +134,17 @@ class Checkpoint:
             pooling=pooling,
             pooling_from=pooling_from,
             normalized="Normalize" in modules,
-            padding=_number(inside / "config.json", config, "pad_token_id", kind.padding),
+            padding=whole_number(inside / "config.json", config, "pad_token_id", kind.padding),
             token_types=types and pairs,
             longest=min(LONGEST, *limits.values()),
             limits=limits,
-            files=("config.json", *_weights(inside), *_tokenizer(inside, config)),
-            lower_case=_optional(inside / _sentence_config(inside)).get("do_lower_case") is True,
+            files=("config.json", *_weights(inside), *tokenizer_files(inside, config)),
+            lower_case=read_optional(inside / _sentence_config(inside)).get("do_lower_case") is True,
             prompts=prompts,
             default_prompt=default_prompt,
             truncation_side=tokenizer.get("truncation_side"),
+            class_settings=class_settings(path, tokenizer, config["model_type"]),
         )
-
-
-def _object(path: Path, why: str) -> dict[str, Any]:
-    """The object in a JSON file; raises InputError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {why}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); copy the checkpoint again") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: seen {type(found).__name__}; a JSON object is needed; copy the checkpoint again")
-    return found
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that a checkpoint may lack."""
-    return _object(path, "") if path.is_file() else {}
 
 
 def _why_no_config(folder: Path) -> str:
@@ -177,15 +157,6 @@ def _why_no_config(folder: Path) -> str:
     if snapshots := sorted((folder / "snapshots").glob("*/config.json")):
         return f"the checkpoint is inside the cache of Hugging Face; import {snapshots[-1].parent} with --name"
     return "a checkpoint of transformers has one"
-
-
-def _number(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A whole number of a JSON object, 0 or more; raises InputError."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{path}: {key}: seen {value!r}; a whole number, 0 or more, is needed")
-    return value
 
 
 def _kind(path: Path, config: dict[str, Any]) -> Kind:
@@ -242,7 +213,7 @@ def _task(path: Path, config: dict[str, Any], wanted: str) -> tuple[str, bool]:
 
 def _is_cross_encoder(path: Path, config: dict[str, Any]) -> bool:
     """Whether sentence-transformers saved it as a CrossEncoder; before version 6, only config.json says so."""
-    settings = _optional(path.parent / SENTENCE_SETTINGS)
+    settings = read_optional(path.parent / SENTENCE_SETTINGS)
     return settings.get("model_type") == "CrossEncoder" or bool(config.keys() & CROSS_ENCODER_KEYS)
 
 
@@ -250,7 +221,7 @@ def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
     """The labels in the order of the logits; transformers leaves them out if there are two without names."""
     named = config.get("id2label")
     if not named:
-        return tuple(f"LABEL_{place}" for place in range(_number(path, config, "num_labels", 2)))
+        return tuple(f"LABEL_{place}" for place in range(whole_number(path, config, "num_labels", 2)))
     try:
         return tuple(" ".join(str(named[str(place)]).split()) for place in range(len(named)))
     except (TypeError, KeyError):
@@ -260,34 +231,17 @@ def _labels(path: Path, config: dict[str, Any]) -> tuple[str, ...]:
 def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
     """Limits of the length in tokens by the file that sets them."""
     path = folder / "config.json"
-    positions = _number(path, config, "max_position_embeddings", 512)
-    reserved = _number(path, config, "pad_token_id", kind.padding) + 1 if kind.after_padding else 0
+    positions = whole_number(path, config, "max_position_embeddings", 512)
+    reserved = whole_number(path, config, "pad_token_id", kind.padding) + 1 if kind.after_padding else 0
     found = {"config.json": positions - reserved}
     for name, key in ((_sentence_config(folder), "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        value = _optional(folder / name).get(key)
+        value = read_optional(folder / name).get(key)
         if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
             found[name] = int(value)
             break  # sentence-transformers sets the tokenizer's limit to its own
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
     return found
-
-
-def _tokenizer_config(path: Path) -> dict[str, Any]:
-    """The tokenizer's settings; raises InputError for values that transformers cannot use."""
-    found = _optional(path)
-    if (side := found.get("truncation_side")) not in (None, "left", "right"):
-        raise InputError(f"{path}: truncation_side: seen {side!r:.80}; allowed: left, right")
-    if not isinstance(names := found.get("model_input_names") or [], list):
-        raise InputError(f"{path}: model_input_names: seen {names!r:.80}; a list of names is needed")
-    return found
-
-
-def _usual_inputs(tokenizer: dict[str, Any]) -> list[str]:
-    """What a tokenizer gives besides ids. Each class of transformers 4 gives types; few of transformers 5 do."""
-    name = tokenizer.get("tokenizer_class")
-    typed = name in TYPED or ("backend" not in tokenizer and name != "TokenizersBackend")
-    return ["token_type_ids"] if typed else []
 
 
 def _sentence_config(folder: Path) -> str:
@@ -315,7 +269,7 @@ def _modules(folder: Path) -> dict[str, str]:
 def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
     """The prompts that sentence-transformers uses, and the name of the default."""
     path = folder / SENTENCE_SETTINGS
-    settings = _optional(path)
+    settings = read_optional(path)
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     try:
         "".join([*prompts.keys(), *prompts.values()]).encode()
@@ -331,7 +285,7 @@ def _pooling(folder: Path, modules: dict[str, str], with_prompts: bool) -> tuple
     if "Pooling" not in modules:
         return "mean", ""
     path = folder / modules["Pooling"] / "config.json"
-    settings = _object(path, "modules.json names it")
+    settings = read_object(path, "modules.json names it")
     mode = settings.get("pooling_mode")
     modes = [mode] if isinstance(mode, str) else mode if isinstance(mode, list) else None
     if modes is None:
@@ -360,38 +314,12 @@ def _weights(folder: Path) -> tuple[str, ...]:
         raise InputError(f"{folder}: no weights; allowed: {', '.join(WEIGHTS)}")
     names = [first]
     if first.endswith(".index.json"):
-        parts = _object(folder / first, "").get("weight_map")
+        parts = read_object(folder / first, "").get("weight_map")
         if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
             raise InputError(f"{folder / first}: no weight_map; copy the checkpoint again")
         names += sorted(set(parts.values()))
     for path in (folder / name for name in names[1:] or names):
         if path.parent != folder or not path.is_file():
             raise InputError(f"{path}: no such file, but the index of the weights names it; copy the checkpoint again")
-        _check_fetched(path)
+        check_fetched(path)
     return tuple(names)
-
-
-def _check_fetched(path: Path) -> None:
-    """Raises InputError for a file that Git LFS has not fetched."""
-    with path.open("rb") as file:
-        start = file.read(24)
-    if start == b"version https://git-lfs.":
-        raise InputError(f"{path}: only a Git LFS pointer; fetch the file: git -C {path.parent} lfs pull")
-
-
-def _tokenizer(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the tokenizer's files; raises InputError for a tokenizer.json that cannot be read or has other ids."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        _check_fetched(path)
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no narrower one
-            raise InputError(f"{path}: not a tokenizer ({error}); copy the checkpoint again") from None
-        largest = max([*tokenizer.get_vocab().values(), (tokenizer.padding or {}).get("pad_id", 0)])
-        if largest >= (size := _number(folder / "config.json", config, "vocab_size", largest + 1)):
-            raise InputError(
-                f"{path}: the largest id is {largest}, but vocab_size in config.json is {size}, so the model has no "
-                "embedding for it; call resize_token_embeddings(len(tokenizer)) in transformers, and save both again"
-            )
-    return tuple(name for name in TOKENIZER if (folder / name).is_file())

@@ -143,12 +143,14 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> int:
 
 
 def _adjust(path: Path, checkpoint: Checkpoint) -> None:
-    """Lower-cases as sentence-transformers does, and cuts long texts as transformers does.
+    """Lower-cases as sentence-transformers does; normalizes and cuts long texts as transformers does.
 
     Pads on the right: positions then do not depend on the batch.
     """
     settings = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(settings)
+    for step in filter(None, (settings.get("normalizer"), settings.get("pre_tokenizer"))):
+        step |= checkpoint.class_settings.get(step["type"], {})
     if checkpoint.lower_case:
         steps = filter(None, ({"type": "Lowercase"}, settings.get("normalizer")))
         settings["normalizer"] = {"type": "Sequence", "normalizers": list(steps)}
