@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,18 @@ def prompt_apart(folder: Path) -> None:
     (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find "}}')
 
 
+def prompt_of_pairs(folder: Path) -> None:
+    settings = {"prompts": {"query": "rank: "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    change(folder, architectures=["BertForSequenceClassification"])
+
+
+def own_module(folder: Path) -> None:
+    write_modules(folder, MEAN)
+    path = folder / "modules.json"
+    path.write_text(path.read_text().replace("sentence_transformers.models.Pooling", "custom_st.Pooling"))
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (shutil.rmtree, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
@@ -108,6 +121,8 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (prompt_apart, (), "1_Pooling/config.json: include_prompt: seen false"),
     (with_file("config_sentence_transformers.json", '{"prompts": ["a"]}'), (), "config_sentence_transformers.json: prompts cannot be read ("),
     (with_file("config_sentence_transformers.json", '{"prompts": {"a": "b"}, "default_prompt_name": "c"}'), (), "default_prompt_name 'c' is not one of the prompts"),
+    (prompt_of_pairs, ("--task", "cross-encoder"), "default_prompt_name: seen 'query', but pairs of texts have no prompts here"),
+    (own_module, (), "modules.json: seen the module custom_st.Pooling; allowed: Transformer, Pooling, Normalize"),
     (with_file("modules.json", "[{}]"), (), "modules.json: cannot be read"),
     ((lambda folder: None), ("--name", "gateway"), "name: seen 'gateway', but build/gateway is reserved"),
     ((lambda folder: None), ("--name", "taken"), "taken: already exists; choose another name, or another folder"),

@@ -117,7 +117,7 @@ class Checkpoint:
         kind = _kind(inside / "config.json", config)
         task, pairs = _task(inside / "config.json", config, task)
         limits = _limits(inside, config, kind)
-        prompts, default_prompt = _prompts(folder)
+        prompts, default_prompt = _prompts(folder, task)
         pooling, pooling_from = _pooling(folder, modules, bool(prompts))
         types = whole_number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
         path = inside / "tokenizer_config.json"
@@ -255,7 +255,7 @@ def _modules(folder: Path) -> dict[str, str]:
         return {}
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        found = {row["type"].rpartition(".")[2]: str(row.get("path", "")) for row in rows}
+        found = {_module(row["type"]): str(row.get("path", "")) for row in rows}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); copy the checkpoint again") from None
     if unknown := found.keys() - {"Transformer", "Pooling", "Normalize"}:
@@ -266,7 +266,12 @@ def _modules(folder: Path) -> dict[str, str]:
     return found
 
 
-def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+def _module(kind: str) -> str:
+    """Its name in sentence-transformers; the whole name of one that the checkpoint brings, such as custom.Pooling."""
+    return kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind
+
+
+def _prompts(folder: Path, task: str) -> tuple[dict[str, str], str | None]:
     """The prompts that sentence-transformers uses, and the name of the default."""
     path = folder / SENTENCE_SETTINGS
     settings = read_optional(path)
@@ -277,6 +282,11 @@ def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
             raise ValueError(f"default_prompt_name {default!r} is not one of the prompts")
     except (AttributeError, TypeError, ValueError) as error:  # no object of strings, or no Unicode
         raise InputError(f"{path}: prompts cannot be read ({error}); copy the checkpoint again") from None
+    if task == "cross-encoder" and prompts.get(default):
+        raise InputError(
+            f"{path}: default_prompt_name: seen {default!r}, but pairs of texts have no prompts here, so the scores "
+            f"would differ; remove the key, and let callers begin each query with {prompts[default]!r:.80}"
+        )
     return (prompts, default) if any(prompts.values()) else ({}, None)
 
 
