@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -93,6 +94,32 @@ def test_only_waits_like_the_batchers_are_cut(wakeup: Path, tmp_path: Path) -> N
         # But soon after it was notified, which may be late.
         assert 2 < times.index(errno.ETIMEDOUT, first + 1) - first < 36
     assert returned("other", 1) == [errno.ETIMEDOUT]
+
+
+SENDER = """
+import socket, sys, threading, time
+here, there = socket.socketpair()
+here.setblocking(False)
+def take():
+    time.sleep(0.2)
+    while there.recv(65536):
+        pass
+threading.Thread(target=take, daemon=True).start()
+try:
+    for _ in range(1000):  # five times what the pair holds
+        here.send(bytes(int(sys.argv[1])))
+    print("all")
+except BlockingIOError:
+    print("full")
+"""
+
+
+def test_the_hand_over_of_an_http_answer_waits_while_the_socket_pair_is_full(wakeup: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "LD_PRELOAD": preload(wakeup, tmp_path, "")}
+    for size, outcome in ((17, "all"), (18, "full")):
+        command = [sys.executable, "-c", SENDER, str(size)]
+        run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert run.stdout == f"{outcome}\n"
 
 
 def test_it_is_built_once_and_rebuilt_if_it_does_not_load(

@@ -23,16 +23,22 @@
  * It also keeps gRPC calls that are cancelled just as their answer arrives from ending the server. Two threads release such
  * a call: the one that brings the answer (InferResponseComplete in grpc/infer_handler.cc), if it sees the cancellation, and
  * the one that handles it. The first now sends the answer, as if there was no cancellation. gRPC drops it.
+ *
+ * It also keeps answers over HTTP from being lost. An answer is handed to the HTTP thread of its connection through a
+ * socket pair (evthr_defer in libevhtp), which holds 278 of them. Triton ignores that it is full, and the caller waits until its
+ * own time-out. Now the sender waits until the thread has taken some.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <time.h>
 
 enum { FRAME_BYTES = 4096, STRINGS = 13 /* TRITONSERVER_TYPE_BYTES */, INVALID = 3 /* TRITONSERVER_ERROR_INVALID_ARG */ };
@@ -80,6 +86,18 @@ void *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int
     void *(*original)(void *, const char *, int, const int64_t *, uint64_t) =
         (void *(*)(void *, const char *, int, const int64_t *, uint64_t))(intptr_t)dlsym(RTLD_NEXT, __func__);
     return original(request, name, type, shape, dims);
+}
+
+/* Only what evthr_defer sends has this size. If the thread takes nothing for a second, the answer is lost as before. */
+ssize_t send(int socket, const void *data, size_t size, int flags)
+{
+    enum { COMMAND_BYTES = 17, WAIT_MS = 1000 };
+    struct pollfd pair = {.fd = socket, .events = POLLOUT};
+    ssize_t sent;
+    do
+        sent = sendto(socket, data, size, flags, NULL, 0);
+    while (sent < 0 && errno == EAGAIN && size == COMMAND_BYTES && poll(&pair, 1, WAIT_MS) > 0);
+    return sent;
 }
 
 /* The size of a string is 1 for the server's own program, whose other uses of it are for other types. Backends get 0. */

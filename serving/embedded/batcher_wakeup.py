@@ -2,7 +2,7 @@
 
 Contract: `library` returns the one in the CPU image, or builds one under `$DEEPSEEK_BUILD/serving`; None if the
 compiler (`$CC`, else `cc`) cannot build one that loads. Without it a bounded queue can hold a request for up to 500 ms
-beside a free instance, and a cancelled gRPC call can end Triton (docs/triton.md).
+beside a free instance, a cancelled gRPC call can end Triton, and answers over HTTP can be lost (docs/triton.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MISSING = Finding(
     level="warning",
     where="queue",
     what="without a C compiler Triton can hold a request for up to 500 ms beside a free instance, "
-    "and a cancelled gRPC call can end it",
+    "a cancelled gRPC call can end it, and answers over HTTP can be lost",
     fix="apt-get install gcc libc6-dev",
 )
 
