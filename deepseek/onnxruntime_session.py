@@ -66,7 +66,7 @@ PROVIDERS = {
     "cpu": ProviderFacts(CPU, "onnxruntime", is_accelerator=False),
     "cuda": ProviderFacts("CUDAExecutionProvider", "onnxruntime-gpu", is_nvidia=True, is_there=_has_nvidia_gpu),
     # Only by name: it compiles for minutes while the model loads.
-    "tensorrt": ProviderFacts("TensorrtExecutionProvider", "onnxruntime-gpu and tensorrt", is_nvidia=True),
+    "tensorrt": ProviderFacts("TensorrtExecutionProvider", "onnxruntime-gpu and TensorRT 10", is_nvidia=True),
     "migraphx": ProviderFacts("MIGraphXExecutionProvider", "onnxruntime-migraphx", is_there=_has_amd_gpu),
     "cann": ProviderFacts("CANNExecutionProvider", "onnxruntime-cann", is_there=_has_ascend_npu),
 }

@@ -7,6 +7,8 @@ ARG BASE=nvcr.io/nvidia/tritonserver:${TRITON_TAG}-py3
 FROM ${BASE}
 ARG TRITON_TAG
 
+# NVIDIA's value leads to the packages of its DALI backend, numpy among them, which would hide those installed below.
+ENV PYTHONPATH=
 WORKDIR /opt/serving
 COPY pyproject.toml requirements.lock ./
 COPY client/pyproject.toml client/

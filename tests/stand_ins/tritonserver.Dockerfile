@@ -13,8 +13,11 @@ RUN useradd --uid 1000 triton-server \
         /opt/tritonserver/backends/python/ \
     && chmod a+x /opt/tritonserver/backends/python/triton_python_backend_stub \
         "$wheel/pytriton/tritonserver/bin/tritonserver" \
-    && mkdir /opt/stand_in && ln -s "$wheel" /opt/stand_in/wheel
+    && mkdir /opt/stand_in && ln -s "$wheel" /opt/stand_in/wheel \
+    && mkdir -p /opt/tritonserver/backends/dali/wheel/dali/numpy \
+    && echo 'raise ImportError("the numpy of DALI")' >/opt/tritonserver/backends/dali/wheel/dali/numpy/__init__.py
 COPY image/tritonserver image/flags.txt /opt/tritonserver/bin/
 COPY image/plan_model.py /opt/stand_in/
-ENV PATH=/opt/tritonserver/bin:${PATH} NVIDIA_TRITON_SERVER_VERSION=${TRITON_TAG}
+ENV PATH=/opt/tritonserver/bin:${PATH} NVIDIA_TRITON_SERVER_VERSION=${TRITON_TAG} \
+    PYTHONPATH=/opt/tritonserver/backends/dali/wheel/dali:
 WORKDIR /opt/tritonserver
