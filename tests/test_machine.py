@@ -36,6 +36,8 @@ def test_gpus_are_read_from_nvidia_smi() -> None:
     assert [gpu.compute_capability for gpu in parse_gpus(NVIDIA_SMI)] == ["9.0", "7.5"]
     assert parse_gpus(NVIDIA_SMI)[0].memory_bytes == 81559 << 20
     assert parse_gpus("No devices were found\n") == ()
+    (mig,) = parse_gpus("NVIDIA H100 80GB HBM3, 9.0, 580.95.05, [Insufficient Permissions]\n")
+    assert (mig.compute_capability, mig.memory_bytes) == ("9.0", None)
 
 
 def test_this_machine_is_seen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

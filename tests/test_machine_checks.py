@@ -138,6 +138,7 @@ REBUILD = "rebuild it for this machine: make engine MODEL=image TARGET=tensorrt 
         (TWO_MIB, "", host(gpus=SMALL + LARGE), TOO_SMALL, ""),
         (TWO_MIB, "", host(gpus=gpu(memory_bytes=3 << 20)), TOO_SMALL.replace("1.00", "3.00") + " 4.00 MiB", ""),
         (TWO_MIB, "gpus: 1", host(gpus=SMALL + LARGE), "", ""),
+        (TWO_MIB, "", host(gpus=gpu(memory_bytes=None)), "", ""),
         ({}, "", host(gpus=gpu(driver="535.183.01")), "", "driver: NVIDIA H100 80GB HBM3: 535.183.01 is older"),
         ({}, "", host(docker=None), "Docker: no Docker engine answers", ""),
         ({}, "", host(docker=("runc",)), "Docker: has only the runtimes runc, so containers see no GPU; install", ""),

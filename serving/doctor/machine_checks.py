@@ -50,8 +50,9 @@ def _check_driver(machine: Machine) -> Iterator[Finding]:
 def _check_gpu_memory(machine: Machine, engines: list[ServedEngine]) -> Iterator[Finding]:
     """Triton loads an engine on each GPU of its instance group, so every one of them needs the memory."""
     for number, gpu in enumerate(machine.gpus):
-        loaded = [engine for engine in engines if engine.loads_on(number, gpu)]
-        yield from _check_memory("GPU memory", f"GPU {number} ({gpu})", gpu.memory_bytes, loaded)
+        if gpu.memory_bytes is not None:
+            loaded = [engine for engine in engines if engine.loads_on(number, gpu)]
+            yield from _check_memory("GPU memory", f"GPU {number} ({gpu})", gpu.memory_bytes, loaded)
 
 
 def _check_memory(kind: str, place: str, have_bytes: int, engines: list[ServedEngine]) -> Iterator[Finding]:

@@ -21,7 +21,8 @@ class Gpu:
     name: str
     compute_capability: str
     driver: str
-    memory_bytes: int
+    memory_bytes: int | None
+    """None if the driver does not say: a container with a MIG device may not read its GPU's."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.compute_capability}"
@@ -44,9 +45,9 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
     found = []
     for line in text.strip().splitlines():
         parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 4 and parts[3].isdigit():
+        if len(parts) == 4:
             name, capability, driver, memory_mib = parts
-            memory_bytes = int(memory_mib) << 20
+            memory_bytes = int(memory_mib) << 20 if memory_mib.isdigit() else None
             found.append(Gpu(name=name, compute_capability=capability, driver=driver, memory_bytes=memory_bytes))
     return tuple(found)
 
