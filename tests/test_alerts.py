@@ -250,6 +250,7 @@ def test_without_models_that_take_texts_nothing_watches_the_openai_routes() -> N
     without = replace(MODEL, text_bytes=0)
     assert "openai" not in yaml.safe_dump(rules([without]))
     assert "openai" not in str(dashboard([without]))
+    assert 'up{job=~"triton|gateway"}' in str(dashboard([without]))  # Prometheus also has their target, which is down
 
 
 def test_the_openai_routes_watch_only_limits_that_their_histogram_reaches() -> None:

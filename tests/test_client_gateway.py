@@ -135,6 +135,13 @@ def test_a_grpc_server_without_tls_is_named() -> None:
         client.ready()
 
 
+def test_a_port_with_tls_is_named_if_the_grpc_client_uses_none() -> None:
+    refused = pytest.raises(Unreachable, match="for TLS pass ca_cert=")
+    gateway = answering(status("400 Bad Request", "this port needs https://"))
+    with gateway as (url, _), InferenceClient(url, retries=0) as client, refused:
+        client.ready()
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
     """A self-signed certificate for localhost under a comment, and a server's TLS context with it."""

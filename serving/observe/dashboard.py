@@ -201,14 +201,14 @@ def _openai() -> list[Panel]:
     ]
 
 
-def _machine() -> list[Panel]:
+def _machine(jobs: str) -> list[Panel]:
     memory = "nv_cpu_memory_used_bytes / nv_cpu_memory_total_bytes"
     certificate = "gateway_certificate_expiry_timestamp_seconds - time()"
     return [
         _panel(
             "CPU and memory", "percentunit", {"CPU {{instance}}": "nv_cpu_utilization", "memory {{instance}}": memory}
         ),
-        _panel("Up", "none", {"{{job}}": "sum by (job) (up)"}, kind="stat"),
+        _panel("Up", "none", {"{{job}}": f'sum by (job) (up{{job=~"{jobs}"}})'}, kind="stat"),
         _panel("Certificate expires in", "s", {"{{instance}}": certificate}, kind="stat"),
     ]
 
@@ -223,10 +223,11 @@ def _gpu() -> list[Panel]:
 
 
 def dashboard(models: list[ServedModel]) -> dict[str, Any]:
-    rows = {"Objectives": _slo(), "Requests": _gateway(), "Triton": _triton()}
+    rows, jobs = {"Objectives": _slo(), "Requests": _gateway(), "Triton": _triton()}, "triton|gateway"
     if has_openai_routes(models):
         rows["OpenAI routes"] = _openai()
-    rows["Machine"] = _machine()
+        jobs += "|openai"
+    rows["Machine"] = _machine(jobs)
     if any(model.needs_gpu for model in models):
         rows["GPU"] = _gpu()
     return {

@@ -113,14 +113,19 @@ def name_of(folder: Path) -> str:
     return SERVICE if SERVICE in names or not names else names[0]
 
 
+def is_made_here(folder: Path) -> bool:
+    """Whether the authority for trying signed the certificate; if not, it is the user's own."""
+    authority = folder / "ca.crt"
+    return authority.is_file() and _read(folder / "tls.crt").issuer == _read(authority).subject
+
+
 def _still_good(folder: Path, hosts: list[str]) -> bool:
     leaf = _read(folder / "tls.crt")
     flaw = _flaw_of_key(folder / "tls.key", leaf)
-    authority = folder / "ca.crt"
-    if not authority.is_file() or leaf.issuer != _read(authority).subject:
+    if not is_made_here(folder):
         if flaw:
             raise InputError(f"{folder / 'tls.key'} {flaw}; replace it, or remove tls.crt to get a new one")
-        return True  # the user's own
+        return True
     if flaw:
         return False
     left = leaf.not_valid_after_utc - datetime.now(UTC)

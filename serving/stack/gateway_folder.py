@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from deepseek.spec import build_dir
-from serving.stack.certificate import ensure_certificate, give
+from serving.stack.certificate import ensure_certificate, give, is_made_here
 
 
 def gateway_folder() -> Path:
@@ -24,6 +24,9 @@ def ensure_folder(folder: Path, hosts: list[str]) -> None:
     if ensure_certificate(folder, hosts):
         names = f" for {', '.join(hosts)}" if hosts else ""
         print(f"gateway   new certificate{names}; callers trust it with {folder / 'ca.crt'}", file=sys.stderr)
+    elif hosts and not is_made_here(folder):
+        own = folder / "tls.crt"
+        print(f"note: GATEWAY_HOSTS: {own} is your own certificate, which keeps its names", file=sys.stderr)
     (folder / "keys").mkdir(mode=0o700, exist_ok=True)
     for path in (folder / "keys", *(folder / "keys").glob("*.json")):
         with suppress(FileNotFoundError):  # revoked at the same time

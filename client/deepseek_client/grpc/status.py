@@ -38,6 +38,11 @@ TOO_LARGE = re.compile("larger than max|metadata size exceeds")  # a message, or
 PUSHBACK = "grpc-retry-pushback-ms"  # gRPC's own Retry-After (proposal A6)
 # BoringSSL's reason, and gRPC's own check of the host name.
 UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:()]*[^:() ])|Hostname Verification Check failed")
+# What gRPC reports of a port that speaks something else.
+OTHER_PROTOCOLS = {
+    "WRONG_VERSION_NUMBER": "it speaks no TLS",
+    "Expected SETTINGS frame": "it speaks HTTP/1.1 or TLS; for TLS pass ca_cert= or tls=True",
+}
 
 
 def error_of_rpc(url: str, error: Any, deadline: Deadline, *, connected: bool) -> InferenceError:
@@ -75,7 +80,8 @@ def _unavailable(url: str, reason: str, error: Any, connected: bool) -> Inferenc
     if not connected and reason.startswith(("failed to connect", "errors resolving", "DNS resolution failed")):
         if found := UNTRUSTED.search(reason):
             return untrusted(url, found[1] or found[0])
-        last = "it speaks no TLS" if "WRONG_VERSION_NUMBER" in reason else reason.rpartition(": ")[2].rstrip("]")
+        last = reason.rpartition(": ")[2].rstrip("]")
+        last = next((said for part, said in OTHER_PROTOCOLS.items() if part in reason), last)
         return Unreachable(
             f"nothing serves gRPC at {url} ({last}); "
             "start Triton there, or correct the url (its gRPC port is 8001 by default)"
