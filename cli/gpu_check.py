@@ -28,10 +28,10 @@ from typing import Any, Literal
 
 from cli.gpu_steps import STACK_DOWN, STACK_UP, GpuStep, Where, ours, steps
 from deepseek.spec import build_dir
-from deepseek.spec.children import ends_with_us, free_ports
 from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
+from deepseek.spec.processes.children import ends_with_us, free_ports
 from export.checks.gpu_baselines import without_gpu
 from loadtests.report.page import card, document, facts
 from serving.doctor.machine import Machine

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from deepseek.precisions import Precision
 from deepseek.spec import InputError, build_dir
-from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.folders import alone_in, write_whole
+from deepseek.spec.processes.children import ends_with_us
 from deepseek.targets import PUBLISHABLE
 from export.artifact import choice_path, pruned_path, pruning_path, refusal
 from export.cache import STAGE_KEYS, limit_bytes, predicted

@@ -28,7 +28,7 @@ from locust.runners import MasterRunner, WorkerRunner
 from pydantic import TypeAdapter, ValidationError
 
 from deepseek.spec import ExitCode, InputError
-from deepseek.spec.children import end_with
+from deepseek.spec.processes.children import end_with
 from loadtests.load.workers.master import Master
 from loadtests.load.workers.worker import Worker
 from loadtests.results.settings import LoadSettings

@@ -17,7 +17,7 @@ from pathlib import Path
 from deepseek_client import InferenceClient
 
 from cli.environment import missing
-from deepseek.spec.children import free_ports
+from deepseek.spec.processes.children import free_ports
 
 BUSY = (0, 2)  # make's exit codes; 2 also if a measurement is inconclusive on a busy machine
 

@@ -23,7 +23,7 @@ import pytest
 import tritonclient.grpc as triton
 from deepseek_client import InferenceClient
 
-from deepseek.spec.children import free_ports
+from deepseek.spec.processes.children import free_ports
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.api_keys import new_key

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepseek.spec import InputError
-from deepseek.spec.child_server import child_server
+from deepseek.spec.processes.child_server import child_server
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ import pytest
 from deepseek_client import AccessDenied, InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec
-from deepseek.spec.children import free_ports
-from deepseek.spec.stack_triton import stack_command
+from deepseek.spec.processes.children import free_ports
+from deepseek.spec.processes.stack_triton import stack_command
 from loadtests.results.settings import LoadSettings
 from loadtests.search.local_server import local_server
 from serving.release.versions import move_in, stage

@@ -19,7 +19,7 @@ from deepseek_client import Unreachable
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.children import free_ports
+from deepseek.spec.processes.children import free_ports
 from loadtests.load.measure import measure
 from loadtests.load.preflight import check
 from loadtests.load.wire.client import WireClient

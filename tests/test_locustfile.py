@@ -19,7 +19,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.children import free_ports
+from deepseek.spec.processes.children import free_ports
 from loadtests.load import server_statistics
 from loadtests.load.background_load import BackgroundLoad, Stream
 from loadtests.load.inputs import read_inputs

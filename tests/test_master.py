@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deepseek.spec import InvalidMeasurement
-from deepseek.spec.children import free_ports
+from deepseek.spec.processes.children import free_ports
 from loadtests.load import measure
 
 REPLACED = """

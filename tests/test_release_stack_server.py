@@ -18,8 +18,8 @@ from deepseek_client import InferenceClient
 import cli.release
 from cli.main import values_of
 from deepseek.spec import DeploymentSpec, InputError, Target
-from deepseek.spec.child_server import ChildServer
-from deepseek.spec.stack_triton import stack_command
+from deepseek.spec.processes.child_server import ChildServer
+from deepseek.spec.processes.stack_triton import stack_command
 from deepseek.spec.tables import OnnxRuntimeSpec
 from export.publishing.triton_config import config_text, model_config
 from loadtests.search.local_server import EMBEDDED

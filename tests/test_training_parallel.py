@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deepseek.spec import InputError
-from deepseek.spec.children import free_ports
+from deepseek.spec.processes.children import free_ports
 from deepseek.training.pipeline import arguments, as_layers, cut, part
 from deepseek.training.ways import check_tied
 from tests.conftest import run_module

@@ -8,10 +8,10 @@ import `deepseek.precisions` and `deepseek.targets`.
 | `tokenizer` | the tokenizer of a model with `[text]` |
 | `paired_drop` | when the accuracy budget accepts a drop: for build, parity and release |
 | `checks`, `keys`, `show_spec` | one-line errors; all keys; the command |
-| `command`, `children` | errors and exit codes of every command; child processes: end, environment, ports |
-| `child_server`, `stack_triton` | a server over a repository as a child process; the compose stack's as one |
+| `command` | errors and exit codes of every command |
 | `metric_windows` | Prometheus rate windows, and the buckets of a histogram |
 | `files/` | atomic writes, locked folders, manifests, measured batches and what follows, versions, releases |
+| `processes/` | child processes: end, environment, ports; a server over a repository as one |
 | `machine/` | this machine's CPU and GPUs, tags of NVIDIA's containers |
 """
 

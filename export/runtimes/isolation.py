@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deepseek.spec import GateFailed, InvalidMeasurement
-from deepseek.spec.children import end_with
+from deepseek.spec.processes.children import end_with
 from export.artifact import refuse
 
 Result = TypeVar("Result")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Self
 
 from deepseek.spec import InvalidMeasurement
-from deepseek.spec.children import our_environment
+from deepseek.spec.processes.children import our_environment
 from loadtests.load.request_log import RequestLog, RequestRecorder, SentRequest
 from loadtests.results.settings import LoadSettings
 

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek.spec import DeploymentSpec, InvalidMeasurement
-from deepseek.spec.children import free_ports, our_environment
 from deepseek.spec.machine.cpu import memory_bytes, this_cpu
+from deepseek.spec.processes.children import free_ports, our_environment
 from loadtests.load.replay import plan_file
 from loadtests.load.task_metric import of_served
 from loadtests.load.workers.recorder import rows_file

@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
-from deepseek.spec.child_server import NotServed
 from deepseek.spec.objectives import formatted
+from deepseek.spec.processes.child_server import NotServed
 from loadtests.load.measure import START_S
 from loadtests.regression.compared_version import VARIABLES, ComparedVersion
 from loadtests.regression.comparison import LEAST_PAIRS

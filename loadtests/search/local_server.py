@@ -1,7 +1,7 @@
 """A server of its own for a load: settings with its addresses, and the wait until it answers for the model.
 
-Contract: `deepseek.spec.child_server` runs the command. Its output is in `<folder>/server.log`; the embedded server
-writes its own log beside it.
+Contract: `deepseek.spec.processes.child_server` runs the command. Its output is in `<folder>/server.log`; the embedded
+server writes its own log beside it.
 
 Example:
     with local_server(EMBEDDED, repository, folder, settings) as server:
@@ -22,7 +22,7 @@ from pathlib import Path
 from deepseek_client import InferenceClient, InferenceError
 
 from deepseek.spec import DeploymentSpec, InputError
-from deepseek.spec.child_server import ChildServer, child_server
+from deepseek.spec.processes.child_server import ChildServer, child_server
 from loadtests.load.settings_from_options import inputs_of
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.slo_demands import timeout_for

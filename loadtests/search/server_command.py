@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepseek.spec import DeploymentSpec, InputError, Target
-from deepseek.spec.stack_triton import stack_command
+from deepseek.spec.processes.stack_triton import stack_command
 from loadtests.search.local_server import EMBEDDED
 
 STACK = "stack"

@@ -23,8 +23,8 @@ from pathlib import Path
 from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, InputError, Precision, PublishedManifest, TunedFile
-from deepseek.spec.children import last_line, our_environment
 from deepseek.spec.objectives import samples_needed
+from deepseek.spec.processes.children import last_line, our_environment
 from loadtests.load.measure import START_S
 from loadtests.results.settings import LoadSettings
 from loadtests.search.local_server import local_server

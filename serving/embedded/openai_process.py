@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepseek.spec import InputError
-from deepseek.spec.children import ends_with_us
 from deepseek.spec.files.repository import CONFIG, model_folders
+from deepseek.spec.processes.children import ends_with_us
 from serving.embedded.flags import OPENAI_DRAIN_S
 from serving.embedded.ports import ReservedPorts
 from serving.embedded.supervisor import MOST_TIMES, WITHIN_S

@@ -17,9 +17,9 @@ import time
 from contextlib import ExitStack
 
 from deepseek.spec import TEXT, GateFailed, InputError
-from deepseek.spec.children import ends_with_us
 from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.machine.open_files import allow_open_files
+from deepseek.spec.processes.children import ends_with_us
 from deepseek.spec.vocabulary import VOCABULARY
 from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer, say

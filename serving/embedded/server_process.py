@@ -18,7 +18,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deepseek.spec.children import ends_with_us
+from deepseek.spec.processes.children import ends_with_us
 from serving.embedded.triton_log import CrashDetector, copy_log
 from serving.embedded.wheel import scratch_place
 

@@ -24,11 +24,11 @@ from deepseek.spec import (
     PublishedManifest,
     build_dir,
 )
-from deepseek.spec.child_server import ChildServer
 from deepseek.spec.files.read_env_file import gpu_stack_tag
 from deepseek.spec.objectives import requests_to_prove
 from deepseek.spec.paired_drop import judge_drop, pair_values
-from deepseek.spec.stack_triton import stack_command
+from deepseek.spec.processes.child_server import ChildServer
+from deepseek.spec.processes.stack_triton import stack_command
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer

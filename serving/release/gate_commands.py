@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from deepseek.spec import GateFailed, InputError, InvalidMeasurement
-from deepseek.spec.children import ends_with_us, last_line, our_environment
+from deepseek.spec.processes.children import ends_with_us, last_line, our_environment
 
 SWITCH_OVER_LOAD = "switch-over-load"
 _ERRORS: dict[int, type[Exception]] = {1: GateFailed, 2: InputError, 3: InvalidMeasurement}

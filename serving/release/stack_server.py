@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from deepseek.spec import InputError, Target
-from deepseek.spec.child_server import ChildServer, NotServed, child_server
 from deepseek.spec.files.read_env_file import GPU_FILES, setting_before
+from deepseek.spec.processes.child_server import ChildServer, NotServed, child_server
 from serving.embedded.model_control import is_ready
 from serving.repository.checks import config_of, engine_config
 

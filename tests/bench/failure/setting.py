@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
-from deepseek.spec.children import free_ports
+from deepseek.spec.processes.children import free_ports
 from loadtests.load.background_load import BackgroundLoad, Stream
 from loadtests.load.inputs import read_inputs
 from loadtests.load.request_log import RequestLog

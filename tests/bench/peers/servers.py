@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from deepseek.spec import InputError, build_dir
-from deepseek.spec.children import ends_with_us
+from deepseek.spec.processes.children import ends_with_us
 from models.minilm.data import LONGEST, MODEL_WHEEL
 from serving.embedded.ports import ReservedPorts
 from tests.bench.peers.table import HERE, TEXT, Peer

@@ -1,7 +1,7 @@
 """The command that runs the compose stack's Triton alone over another repository, while the stack keeps serving.
 
-Contract: a template for `deepseek.spec.child_server`. It reads the env file, and the compose files and scripts in the
-current folder. Only `triton` is started; its ports are on loopback.
+Contract: a template for `deepseek.spec.processes.child_server`. It reads the env file, and the compose files and
+scripts in the current folder. Only `triton` is started; its ports are on loopback.
 """
 
 from __future__ import annotations

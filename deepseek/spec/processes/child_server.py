@@ -21,9 +21,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepseek.spec.children import ends_with_us, free_ports, last_line, our_environment
 from deepseek.spec.command import InputError
 from deepseek.spec.files.folders import let_all_read
+from deepseek.spec.processes.children import ends_with_us, free_ports, last_line, our_environment
 
 PORTS = ("http_port", "grpc_port", "metrics_port", "openai_port")
 STOP_TIMEOUT_S = 60.0
