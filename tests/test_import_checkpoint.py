@@ -20,7 +20,7 @@ from cli.commands import BY_NAME
 from cli.main import values_of
 from cli.model_folder.checkpoint import HEADS, KINDS, Checkpoint
 from cli.model_folder.import_checkpoint import main
-from deepseek.spec import DeploymentSpec
+from deepseek.spec import DeploymentSpec, InputError
 from export.checks.parity import main as parity
 from export.model_folder import ModelFolder
 from export.stages.publish import main as publish
@@ -195,6 +195,23 @@ def test_samples_are_texts_of_all_lengths_and_pairs_for_a_cross_encoder(
         assert lengths >= {48, 64} if task == "cross-encoder" else lengths >= {16, 32, 48, 64}
         if task == "cross-encoder":
             assert all(row["token_type_ids"].max() == 1 for row in evaluation)
+
+
+def test_samples_are_the_texts_of_the_user(checkpoints: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    for task, text, expected in (
+        ("encoder", "one\ntwo\n\nthree\tfour\x0cfive\u2028six", (3, 1)),
+        ("encoder", "one\ntwo\tthree\tfour", "texts.tsv, line 2: 2 tabs; write one text, or two with a tab between"),
+        ("cross-encoder", "one\ttwo\r\nthree\tfour", (2, 2)),
+        ("cross-encoder", "one\ttwo\n\nthree", "texts.tsv, line 3: 0 tabs; write two texts with a tab between them"),
+    ):
+        shutil.copytree(checkpoints[0] / "models" / task, tmp_path / task, dirs_exist_ok=True)
+        (tmp_path / task / "texts.tsv").write_bytes(text.encode())
+        folder = ModelFolder(task, tmp_path)
+        if isinstance(expected, str):
+            with pytest.raises(InputError, match=expected):
+                list(folder.rows("calibration", 500))
+        else:
+            assert tuple(len(list(folder.rows(split, 500))) for split in ("calibration", "evaluation")) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Samples: the texts in texts.tsv as token ids. Replace them with texts like those that your callers send.
 
-A line of texts.tsv is a short text, a tab and a longer one. Odd lines are for calibration, even ones for evaluation.
+A line of texts.tsv is a short text, a tab and a longer one; a model of single texts also takes lines with one text. Odd
+lines are for calibration, even ones for evaluation. Empty lines do not count.
 """
 
 from __future__ import annotations
@@ -50,12 +51,23 @@ def tokenizer() -> Tokenizer:
 
 def texts(split: str) -> list[tuple[str, ...]]:
     """Texts, each alone, or pairs of a short text with a long one that fits it and with one that does not."""
-    lines = (FOLDER / "texts.tsv").read_text(encoding="utf-8").splitlines()[SPLITS[split] :: 2]
-    short, long = zip(*(line.split("\t") for line in lines), strict=True)
+    rows = lines()[SPLITS[split] :: 2]
+    short, long = [row[0] for row in rows], [row[-1] for row in rows]
     joined = [" ".join(long[place : place + JOINED[place % len(JOINED)]]) for place in range(len(long))]
     if PAIRS:
         return [*zip(short, joined, strict=True), *zip(short, long[1:] + long[:1], strict=True)]
     return [(text,) for text in dict.fromkeys([*short, *long, *joined])]
+
+
+def lines() -> list[list[str]]:
+    """The texts of each line of texts.tsv. Raises ValueError for a line with a wrong number of texts."""
+    found = (FOLDER / "texts.tsv").read_text(encoding="utf-8").split("\n")  # not splitlines, which splits at U+2028 too
+    rows = {number: line.split("\t") for number, line in enumerate(found, 1) if line.strip()}
+    allowed = "two texts with a tab between them" if PAIRS else "one text, or two with a tab between them"
+    for number, row in rows.items():
+        if not PAIRS < len(row) <= 2:
+            raise ValueError(f"texts.tsv, line {number}: {len(row) - 1} tabs; write {allowed}")
+    return list(rows.values())
 
 
 def padded(values: Sequence[int], padding: int) -> np.ndarray:
