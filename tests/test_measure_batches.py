@@ -77,12 +77,12 @@ def test_the_preferred_batch_is_the_smallest_that_keeps_the_throughput_and_fits_
 
 def test_queue_and_timeout_follow_from_the_same_numbers_which_the_plan_states() -> None:
     plan = batching_of(spec_of(), measured_as(ENCODER))
-    assert (plan.queue_timeout_ms, plan.max_queue_size) == (139, 146)  # 200 - 2 x 30.5; 4 x 262.3/s x 0.139 s
+    assert (plan.queue_timeout_ms, plan.max_queue_size) == (139, 146)  # 200 - 30.5 - 30; 4 x 262.3/s x 0.139 s
     size = "batches of 4 take 30 ms and give 264 rows/s; the best of up to 50 ms (p99 / 4), of 4, give 264 rows/s"
     assert plan.reasons == {
         "run_rows": size,
         "preferred_batch": size,
-        "queue_timeout_ms": "p99 200 ms - 2 x 30.5 ms, a batch",
+        "queue_timeout_ms": "p99 200 ms - 30.5 ms, a batch in the server - 30 ms, the model's part again",
         "max_queue_size": "4 x 262.3 requests/s x 139 ms, at least 128 and two batches an instance, at most 100000",
     }
     assert plan.measured == measured_as(ENCODER)
@@ -96,7 +96,7 @@ def test_a_short_batch_is_larger_as_each_costs_the_server_time_too() -> None:
 def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
     spec = spec_of().model_copy(update={"text": TextSpec(tokenizer="tokenizer.json")})
     plan = batching_of(spec, measured_as(ENCODER))
-    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 8, 139)  # 66.7 ms / 7.5; 200 - 2 x 30.5
+    assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 8, 139)  # 66.7 ms / 7.5; 200 - 30.5 - 30
     assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 66.7 ms (p99 / 3), at least 4"
     assert batching_of(spec, measured_as({1: 60.0})).preferred_batch == 1
     assert batching_of(spec, measured_as(ENCODER, at_once=1)).preferred_batch == 4  # two take turns: 15 ms a text
@@ -118,9 +118,9 @@ TINY = {1: 0.013, 64: 0.02, 512: 0.07}
 @pytest.mark.parametrize(
     ("p99_ms", "least", "joined", "timeout_ms", "waiting"),
     [
-        (10, 1, 50, 4, 568),  # 2.5 ms / 0.05 ms; 10 - 2 x (0.07 + 0.3 + 50 x 0.05); 4 x 35.5/ms x 4 ms
-        (10, 8, 400, 4, 558),  # requests of 8 rows
-        (3_600_000, 1, None, 3_599_948, 100_000),
+        (10, 1, 50, 7, 993),  # 2.5 ms / 0.05 ms; 10 - 2.82 - 0.02; 4 x 35.5/ms x 7 ms
+        (10, 8, 400, 7, 976),  # requests of 8 rows
+        (3_600_000, 1, None, 3_599_973, 100_000),
         (None, 1, None, 200, 31_545),
     ],
 )

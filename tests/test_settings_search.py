@@ -236,17 +236,27 @@ def test_the_predicted_p99_of_a_lone_request(changes: dict[str, int], p99_ms: fl
     assert CURVES.p99_ms(settings, rate_rps=0.1) == pytest.approx(p99_ms, rel=0.01)
 
 
+def test_predictions_count_requests_which_may_have_several_rows() -> None:
+    tiny = Curves({(2, 1): curve({8: 0.02, 512: 0.02})}, cores=2)
+    settings = FAST.model_copy(update={"max_batch": 512})
+    assert tiny.throughput_rps(settings) == pytest.approx(2 * 512 / 0.02592)  # 0.05 ms each
+    assert tiny.throughput_rps(settings, users=32) == pytest.approx(2 * 16 / 0.00112)  # 16 in each of two batches
+    fixed, of_8 = replace(tiny, rows_each=8), FAST.model_copy(update={"max_batch": 8})
+    assert fixed.throughput_rps(of_8) == pytest.approx(2 / 0.00037)
+    assert fixed.p99_ms(of_8, rate_rps=0.1) == pytest.approx(0.37, rel=0.01)
+
+
 def test_large_batches_raise_the_predicted_p99_near_the_throughput() -> None:
     sizes = {size: FAST.model_copy(update={"max_batch": size}) for size in (1, 2, 4, 8, 32)}
     found = [CURVES.p99_ms(sizes[size], rate_rps=110) for size in (4, 8, 32)]
     assert found == sorted(found)
     assert found[2] > 2 * found[0]
-    assert CURVES.throughput_rps(FAST) == pytest.approx(2 * 4 / 0.0543)
+    assert CURVES.throughput_rps(FAST) == pytest.approx(2 * 4 / 0.0545)
     assert CURVES.p99_ms(FAST, CURVES.highest_rps(FAST, 120)) == pytest.approx(120, rel=0.05)
     assert CURVES.keeping_throughput(sizes[size] for size in (1, 2, 4, 8)) == [sizes[4], sizes[8]]
     in_parts = replace(CURVES, run_rows=4)  # as a model that takes texts
     assert found[0] < in_parts.p99_ms(sizes[32], rate_rps=110) < 0.8 * found[2]
     assert in_parts.throughput_rps(sizes[32]) == CURVES.throughput_rps(FAST)
-    slowed = CURVES.as_fast_as(FAST, CURVES.throughput_rps(FAST) / 3)
+    slowed = CURVES.as_fast_as(FAST, CURVES.throughput_rps(FAST) / 3, users=32)
     assert slowed.throughput_rps(FAST) == pytest.approx(CURVES.throughput_rps(FAST) / 3)
     assert slowed.p99_ms(FAST, rate_rps=30) == pytest.approx(3 * CURVES.p99_ms(FAST, rate_rps=90))

@@ -1,10 +1,11 @@
 """Predicts the p99 of serving settings from measured batches, without serving them.
 
-Contract: a prediction is the p99 of a simulated queue under Poisson arrivals of one row each: an instance that is free
-takes up to `max_batch` waiting requests, waits for a core if all are busy, and computes as long as the curve says, and
-SERVER_MS more. A model that takes texts computes in parts, and answers each at once. What the default answers in a
-closed loop says how much slower the served model is than the measured one. Predictions rank settings and promise
-nothing. Layouts with as many batches at once, and as many threads for each, share a curve.
+Contract: a prediction is the p99 of a simulated queue under Poisson arrivals of the smallest requests: an instance that
+is free takes up to `max_batch` waiting rows, waits for a core if all are busy, and computes as long as the curve says,
+plus what the batch and its requests cost the server. A model that takes texts computes in parts, and answers each at
+once. What the default answers in a closed loop says how much slower the served model is than the measured one.
+Predictions rank settings and promise nothing. Layouts with as many batches at once, and as many threads for each, share
+a curve.
 
 Example:
     curves = Curves.measured(conditions, settings, cores=2)
@@ -19,9 +20,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from deepseek.spec import BATCH
 from deepseek.spec.checks import checked
 from deepseek.spec.files.batching_plan import KEPT_THROUGHPUT, batching_of
-from deepseek.spec.files.measured_batches import SERVER_MS, MeasuredBatches, read_measured
+from deepseek.spec.files.measured_batches import MeasuredBatches, read_measured
 from loadtests.tune.candidate_server import TuneConditions, run_with
 from loadtests.tune.search_space import ServingSettings
 
@@ -42,13 +44,16 @@ class Curves:
     """Times that a batch takes longer than measured."""
     run_rows: int | None = None
     """Rows of a part, however many are joined; None: all run at once."""
+    rows_each: int = 1
+    """Rows of a request."""
 
     @classmethod
     def measured(cls, conditions: TuneConditions, settings: Iterable[ServingSettings], cores: int) -> Curves | None:
         """Measures a curve for each kind of layout, in about ten seconds each; None if the target has none."""
         spec, path = conditions.spec, conditions.folder / "curve.json"
         plan = batching_of(spec, read_measured(spec.name, "onnxruntime"), conditions.precision)
-        found = cls({}, cores, run_rows=plan.run_rows if spec.text else None)  # without texts: all that is joined
+        run_rows = plan.run_rows if spec.text else None  # without texts: all that is joined
+        found = cls({}, cores, run_rows=run_rows, rows_each=spec.axes[BATCH].min)
         for each in settings:
             key = found._key(each)
             if key in found.of:
@@ -67,20 +72,23 @@ class Curves:
         threads = settings.threads or max(1, self.cores // settings.instances)
         return min(settings.instances, max(1, self.cores // threads)), threads
 
-    def as_fast_as(self, settings: ServingSettings, throughput_rps: float) -> Curves:
-        """The same curves on a machine that answers so many requests/s with these settings."""
-        return replace(self, slower=self.slower * self.throughput_rps(settings) / throughput_rps)
+    def as_fast_as(self, settings: ServingSettings, throughput_rps: float, users: int) -> Curves:
+        """The same curves on a machine that answers so many requests/s to users in a closed loop."""
+        return replace(self, slower=self.slower * self.throughput_rps(settings, users) / throughput_rps)
 
     @property
     def sizes(self) -> list[int]:
         return sorted({point.rows for curve in self.of.values() for point in curve.times})
 
-    def throughput_rps(self, settings: ServingSettings) -> float:
-        curve = self.of[self._key(settings)]
-        return max(map(curve.rows_per_s, range(1, self._at_once(settings) + 1))) / self.slower
+    def throughput_rps(self, settings: ServingSettings, users: int | None = None) -> float:
+        """Most requests/s; of `users` in a closed loop, who never fill larger batches than they can send."""
+        curve, each = self.of[self._key(settings)], self.rows_each
+        most = min(self._at_once(settings), -(-users // curve.at_once) if users else self._at_once(settings))
+        return max(curve.requests_per_s(each * count, each) for count in range(1, most + 1)) / self.slower
 
     def _at_once(self, settings: ServingSettings) -> int:
-        return min(settings.max_batch, self.run_rows or settings.max_batch)
+        """Requests that run at once."""
+        return min(settings.max_batch, self.run_rows or settings.max_batch) // self.rows_each
 
     def keeping_throughput(self, settings: Iterable[ServingSettings]) -> list[ServingSettings]:
         """Those that keep KEPT of the best throughput of them."""
@@ -89,8 +97,8 @@ class Curves:
         return [each for each, throughput in found.items() if throughput >= KEPT * best]
 
     def p99_ms(self, settings: ServingSettings, rate_rps: float) -> float:
-        curve, most = self.of[self._key(settings)], settings.max_batch
-        batch_s = [self.slower * (curve.ms_of(rows) + SERVER_MS) / 1000 for rows in range(1, most + 1)]
+        curve, each, most = self.of[self._key(settings)], self.rows_each, settings.max_batch // self.rows_each
+        batch_s = [self.slower * curve.joined_ms(each * count, each) / 1000 for count in range(1, most + 1)]
         arrived = np.random.default_rng(0).exponential(1 / rate_rps, ARRIVALS).cumsum().tolist()
         free, cores, taken, waited = [0.0] * settings.instances, [0.0] * curve.at_once, 0, list[float]()
         while taken < ARRIVALS:
@@ -98,18 +106,18 @@ class Curves:
             if settings.max_queue_delay_us and taken + most <= ARRIVALS:
                 full = arrived[taken + most - 1]
                 formed = max(formed, min(full, arrived[taken] + settings.max_queue_delay_us / 1e6))
-            rows = 1
-            while rows < most and taken + rows < ARRIVALS and arrived[taken + rows] <= formed:
-                rows += 1
+            count = 1
+            while count < most and taken + count < ARRIVALS and arrived[taken + count] <= formed:
+                count += 1
             done = max(formed, heapq.heappop(cores))
-            parts = -(-rows // self._at_once(settings))
+            parts = -(-count // self._at_once(settings))
             for part in range(parts):
-                first, end = taken + part * rows // parts, taken + (part + 1) * rows // parts
+                first, end = taken + part * count // parts, taken + (part + 1) * count // parts
                 done += batch_s[end - first - 1]
-                waited += [done - each for each in arrived[first:end]]
+                waited += [done - begin for begin in arrived[first:end]]
             heapq.heappush(free, done)
             heapq.heappush(cores, done)
-            taken += rows
+            taken += count
         return 1000 * float(np.percentile(waited[FIRST:], 99))
 
     def highest_rps(self, settings: ServingSettings, limit_ms: float | None) -> float:

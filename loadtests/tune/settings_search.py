@@ -83,7 +83,7 @@ class SettingsSearch:
             if curves is None:
                 self._screen(server, throughput_rps)
             else:
-                self._predict(curves.as_fast_as(self.default, throughput_rps))
+                self._predict(curves.as_fast_as(self.default, throughput_rps, USERS))
             found, machine, published = self._compare_contenders(server), dict(server.runner.machine), server.published
             versions = machine.pop("versions", {}) | dict(published.versions)
             found |= {"precision": published.precision, "versions": versions, "machine": machine}

@@ -12,9 +12,8 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
   the most rows that take up to L / 3, or L / 4 if one batch runs at once: then two whole batches are ahead of a
   request. They run in parts of similar length, and each is answered when its part is done. More texts need less
   padding, but raise the tail in an overload (docs/research/2026-11-texts-in-parts.md).
-- `queue_timeout_ms` is L - 2 T, with T the time of such a batch (or of b texts) and what it costs the server: a request
-  that waits longer cannot be answered in time. One T is its own batch, the other is a reserve for longer rows and for
-  noise.
+- `queue_timeout_ms` is L - T - t, with t the time of such a batch (or b texts), and T = t + its cost to the server: a
+  request that waits longer cannot be answered in time. T is its own batch, t a reserve for longer rows and noise.
 - `max_queue_size` is four times the smallest requests that n instances serve within that time, at least LEAST_QUEUE:
   shorter rows take less time, and a caller that a full queue refuses often retries at once, which takes the cores from
   the model. It is at most MOST_QUEUE, since each request that waits takes memory.
@@ -35,7 +34,6 @@ from deepseek.spec.tables import BATCH
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
 TEXTS_IN_LIMIT = 3  # as above, for joined texts, if several batches run at once
-RESERVED_BATCHES = 2  # batch times of a request's time limit that the queue leaves
 QUEUE_RESERVE = 4
 LEAST_QUEUE, MOST_QUEUE = 128, 100_000
 # Without a measurement.
@@ -120,7 +118,7 @@ def _requests(run: int, rows_each: int, limit_ms: float) -> tuple[int, str] | No
     rows = rows_each * max(1, math.floor(part_ms / REQUEST_MS))
     if rows >= run:
         return None
-    return rows, f"a request costs the server {REQUEST_MS:g} ms, so many {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT})"
+    return rows, f"a request costs the server {REQUEST_MS:g} ms, all these {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT})"
 
 
 def _timeout(measured: MeasuredBatches | None, rows: int, rows_each: int, limit_ms: float | None) -> tuple[int, str]:
@@ -129,10 +127,11 @@ def _timeout(measured: MeasuredBatches | None, rows: int, rows_each: int, limit_
         return DEFAULT_TIMEOUT_MS, "the default, for an SLO without a latency"
     if measured is None:
         return max(1, math.floor(SHARE_IN_QUEUE * limit_ms)), f"half of p99, {limit_ms:g} ms; no batch was measured"
-    batch_ms = measured.joined_ms(rows, rows_each)
-    left_ms = limit_ms - RESERVED_BATCHES * batch_ms
+    model_ms, batch_ms = measured.ms_of(rows), measured.joined_ms(rows, rows_each)
+    left_ms = limit_ms - batch_ms - model_ms
     if left_ms >= batch_ms:
-        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {RESERVED_BATCHES} x {batch_ms:.3g} ms, a batch"
+        batch = f"{batch_ms:.3g} ms, a batch in the server - {model_ms:.3g} ms, the model's part again"
+        return max(1, math.floor(left_ms)), f"p99 {limit_ms:g} ms - {batch}"
     return math.ceil(batch_ms), f"one batch, {batch_ms:.3g} ms: p99 {limit_ms:g} ms leaves less to wait"
 
 
