@@ -228,6 +228,16 @@ def test_if_the_engine_shows_too_little_the_network_is_read_and_the_report_says_
     assert described(found, "int8") == f"5 in int8, read from the network ({why})"
 
 
+def test_an_engine_that_loads_but_cannot_run_is_not_inspected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trt = install_tensorrt(monkeypatch)
+    engine = SimpleNamespace(create_execution_context=lambda: None)
+    monkeypatch.setattr(trt, "Runtime", lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: engine))
+    assert engine_layers._inspected(trt, b"plan", {}) == ([], "the engine cannot run here")
+    (plan := tmp_path / "model.plan").write_bytes(b"plan")
+    with pytest.raises(GateFailed, match=r"model.plan: TensorRT .* cannot run it; see nvidia-smi"):
+        tensorrt_predictor(DeploymentSpec.load("tests/models/image"), plan)
+
+
 @pytest.mark.parametrize(("tf32", "said"), [(True, "TF32 on"), (False, "TF32 off")])
 def test_an_fp32_engine_says_whether_tf32_was_on(tf32: bool, said: str) -> None:
     found = {"compute_layers": {"fp32": 3}, "read_from": "engine", "tf32": tf32}

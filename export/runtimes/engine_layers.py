@@ -54,6 +54,8 @@ def _inspected(trt: Any, plan: bytes, shapes: Mapping[str, tuple[int, ...]]) -> 
     if engine is None:
         return [], "the engine cannot be loaded here"
     context = engine.create_execution_context()
+    if context is None:  # as for an engine of TensorRT for RTX on a GPU that it does not know
+        return [], "the engine cannot run here"
     for name, shape in shapes.items():
         context.set_input_shape(name, shape)
     inspector = engine.create_engine_inspector()

@@ -29,7 +29,10 @@ def _loaded(spec: DeploymentSpec, path: Path) -> Any:
         raise GateFailed(
             f"{path}: TensorRT {trt.__version__} cannot load it; build it on this machine with this version"
         )
-    return engine.create_execution_context()
+    context = engine.create_execution_context()
+    if context is None:
+        raise GateFailed(f"{path}: TensorRT {trt.__version__} cannot run it; see nvidia-smi for the GPU's free memory")
+    return context
 
 
 def _bound(context: Any, spec: DeploymentSpec, inputs: Row) -> dict[str, Any]:
