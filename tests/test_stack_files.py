@@ -188,6 +188,12 @@ def test_the_gateway_goes_first_where_cores_are_short() -> None:
     assert {name: given for name, given in shares.items() if given} == {"gateway": 10240}  # the default is 1024
 
 
+def test_the_gateways_log_holds_the_15_minutes_that_the_runbook_reads() -> None:
+    options = services("compose.yaml")["gateway"]["logging"]["options"]
+    assert int(options["max-size"].removesuffix("m")) * 10**6 * int(options["max-file"]) > 15 * 60 * 800 * 650
+    assert "--since 15m gateway" in Path("docs/runbook.md").read_text()
+
+
 def test_each_image_that_a_clone_builds_carries_the_digest_of_its_content() -> None:
     for file in ("compose.yaml", "docker/compose.gpu.yaml"):
         images = [service["image"] for service in services(file).values() if "build" in service]
