@@ -34,7 +34,8 @@ _QUERY = ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=
 def gpus() -> tuple[Gpu, ...]:
     """All GPUs of this machine; empty if there is none, or no driver."""
     try:
-        run = subprocess.run(["nvidia-smi", *_QUERY], capture_output=True, text=True, timeout=20)
+        # It starts each GPU that nothing uses, which takes seconds.
+        run = subprocess.run(["nvidia-smi", *_QUERY], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return parse_gpus(run.stdout) if run.returncode == 0 else ()
