@@ -115,10 +115,14 @@ def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> t
 def _requests(run: int, rows_each: int, limit_ms: float) -> tuple[int, str] | None:
     """The most rows to join, and why; None if the server handles the requests of `run` rows in time."""
     part_ms = limit_ms / BATCHES_IN_LIMIT
-    rows = rows_each * max(1, math.floor(part_ms / REQUEST_MS))
+    count = max(1, math.floor(part_ms / REQUEST_MS))
+    rows = count * rows_each
     if rows >= run:
         return None
-    return rows, f"a request costs the server {REQUEST_MS:g} ms, all these {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT})"
+    return (
+        rows,
+        f"{count} requests of {REQUEST_MS:g} ms for the server each, within {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT})",
+    )
 
 
 def _timeout(measured: MeasuredBatches | None, rows: int, rows_each: int, limit_ms: float | None) -> tuple[int, str]:
