@@ -119,10 +119,8 @@ def _requests(run: int, rows_each: int, limit_ms: float) -> tuple[int, str] | No
     rows = count * rows_each
     if rows >= run:
         return None
-    return (
-        rows,
-        f"{count} requests of {REQUEST_MS:g} ms for the server each, within {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT})",
-    )
+    within = f"within {part_ms:.3g} ms (p99 / {BATCHES_IN_LIMIT})"
+    return rows, f"{count} requests of {REQUEST_MS:g} ms for the server each, {within}"
 
 
 def _timeout(measured: MeasuredBatches | None, rows: int, rows_each: int, limit_ms: float | None) -> tuple[int, str]:
