@@ -45,6 +45,7 @@ HTTP_500, GRPC_13 = (
 WRONG = 'gateway_requests_total{api="infer",protocol="grpc",model="",status="3"}'
 FAILED = f'nv_inference_request_failure{{{TRITON},version="5",reason="REJECTED"}}'
 MODEL_FAILED = f'onnxruntime_inference_request_failure{{{TRITON},version="5",reason="INTERNAL"}}'
+REFUSED_TOO = FAILED.replace("nv_", "onnxruntime_")  # the same labels
 CANCELED = f'nv_inference_request_failure{{{TRITON},version="5",reason="CANCELED"}}'
 SUCCESS = f'nv_inference_request_success{{{TRITON},version="5"}}'
 QUEUE_US = f'nv_inference_queue_duration_us{{{TRITON},version="5"}}'
@@ -155,6 +156,7 @@ CASES: list[Case] = [
     ("too few to tell", {FAST: "0+0", ANSWERED: "0+1"}, 8, set()),
     ("few, all slow", {FAST: "0+0", ANSWERED: "0+1"}, 30, each("LatencyBudgetBurn", *BOTH)),
     ("refused", {FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH)),
+    ("refused, and an older backend has that reason too", {FAILED: "0+600", REFUSED_TOO: "0+0"}, 70, each("ErrorBudgetBurn", *BOTH)),
     ("the model fails, asked directly", {MODEL_FAILED: "0+600"}, 70, each("ErrorBudgetBurn", *BOTH)),
     ("half of what may fail", {MODEL_FAILED: "0+3"}, 70, set()),
     ("all fail", ALL_FAIL, 70, each("ErrorBudgetBurn", *BOTH) | each("EndpointBudgetBurn", *BOTH)),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from deepseek.spec.metric_windows import QUEUES
 from serving.observe.alerts import BURNS
-from serving.observe.recording_rules import DURATION, FAILURES, OPENAI_DURATION, OPENAI_REQUESTS, READY
+from serving.observe.recording_rules import DURATION, OPENAI_DURATION, OPENAI_REQUESTS, READY, failures
 from serving.repository.served_models import ServedModel, has_openai_routes
 
 UID, SOURCE = "deepseek", {"type": "prometheus", "uid": "prometheus"}
@@ -154,7 +154,7 @@ def _triton() -> list[Panel]:
         _panel(
             "Failures by reason",
             "reqps",
-            {"{{model}} {{reason}}": _rate("", "model, reason", FAILURES, MODEL)},
+            {"{{model}} {{reason}}": f"sum by (model, reason) ({failures(f'{{{MODEL}}}', '$__rate_interval')})"},
             description="REJECTED, REJECTED_BULK: full queue or queue time-out. CANCELED: the caller gave up. "
             "INTERNAL: ONNX Runtime failed. BACKEND: another backend failed, or the model's process died.",
         ),

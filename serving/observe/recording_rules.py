@@ -20,7 +20,7 @@ DURATION = "gateway_request_duration_seconds"
 # callers are in neither.
 ANSWERED, FAILED = "200|0", "500|502|503|13|14"
 # Triton's failures, and ONNX Runtime's, which Triton's Python backend counts as successes.
-FAILURES = '__name__=~"(nv|onnxruntime)_inference_request_failure"'
+FAILURES = ("nv_inference_request_failure", "onnxruntime_inference_request_failure")
 REQUESTS = '__name__=~"nv_inference_request_(success|failure)"'
 NOT_GIVEN_UP = 'reason!="CANCELED"'  # by the caller
 SLOW = "instance_model:requests_slow:total"  # with the bound as `le`
@@ -78,6 +78,12 @@ def _record(name: str, expr: str, **labels: str) -> Rule:
     return {"record": name, "expr": expr, **({"labels": labels} if labels else {})}
 
 
+def failures(chosen: str, window: str) -> str:
+    """Rates of failures by reason. `or`: a backend that a model was published with earlier may count one of Triton's
+    reasons, and two series with the same labels would end every query that reads both names at once."""
+    return " or ".join(f"rate({name}{chosen}[{window}])" for name in FAILURES)
+
+
 def _slow_counts(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
     """Counters of requests slower than each limit, for all models.
 
@@ -100,9 +106,8 @@ def _shares(models: list[ServedModel], scope: Scope) -> Iterator[Rule]:
     for window in BUDGETS:
         requests = f"sum by (model) (rate({DURATION}_count{of_a_model}[{window}]))"
         yield _record(f"model:requests:rate{window}", requests)
-        failed, everything = (
-            f"sum by (model) (rate({scope(counters, NOT_GIVEN_UP)}[{window}]))" for counters in (FAILURES, REQUESTS)
-        )
+        failed = f"sum by (model) ({failures(scope(NOT_GIVEN_UP), window)})"
+        everything = f"sum by (model) (rate({scope(REQUESTS, NOT_GIVEN_UP)}[{window}]))"
         yield _record(f"model:triton_requests:rate{window}", everything)
         yield _record(f"model:triton_requests_failed:ratio_rate{window}", f"{failed} / {everything}")
         answered, unserved = _endpoint(models, window, scope)
