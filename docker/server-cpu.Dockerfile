@@ -27,9 +27,9 @@ RUN python3 -m venv /opt/serving/python \
     && find python -path '*/python_backend_stubs/3.*' -prune ! -name "$(python3 -c \
         'import sys; print("{}.{}".format(*sys.version_info[:2]))')" -exec rm -r {} + \
     && rm -r requirements.txt requirements.lock pyproject.toml client
-# serving/embedded/batcher_wakeup.py would build this at the start; the image has no compiler.
-COPY serving/embedded/batcher_wakeup.c serving/embedded/
-RUN cc -std=gnu11 -O2 -shared -fPIC -o serving/embedded/libwakeup.so serving/embedded/batcher_wakeup.c -ldl
+# serving/embedded/preloaded_fixes.py would build this at the start; the image has no compiler.
+COPY serving/embedded/preloaded_fixes.c serving/embedded/
+RUN cc -std=gnu11 -O2 -shared -fPIC -o serving/embedded/libwakeup.so serving/embedded/preloaded_fixes.c -ldl
 
 FROM ${BASE}
 # ca-certificates: what deepseek fetch trusts over https

@@ -17,7 +17,7 @@ ONNX Runtime rejects, such as an id outside the vocabulary. All other errors are
 Triton counts every answer as a success, even an error, so this module counts failures itself.
 
 `execute` returns the answers of the last part, and a separate thread sends the others. A Triton without
-`serving/embedded/batcher_wakeup.c` can miss a request that is queued before the instance is free (docs/triton.md).
+`serving/embedded/preloaded_fixes.c` can miss a request that is queued before the instance is free (docs/triton.md).
 There the thread sends all answers, the last ones after `execute` has returned, so that it happens less often.
 
 Tensors are passed as DLPack: the embedded server's stub was compiled for numpy 1. Under numpy 2 its `as_numpy()` has

@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 from deepseek.spec import GateFailed, InputError, build_dir
-from serving.embedded.batcher_wakeup import MISSING, library, preload
 from serving.embedded.flags import (
     CLOSED,
     CONTROL,
@@ -34,6 +33,7 @@ from serving.embedded.flags import (
 )
 from serving.embedded.model_control import ModelControl, is_ready
 from serving.embedded.ports import ReservedPorts
+from serving.embedded.preloaded_fixes import MISSING, library, preload
 from serving.embedded.server_process import ServerProcess
 from serving.embedded.stub_processes import StubMonitor
 from serving.embedded.supervisor import Supervisor
@@ -50,7 +50,7 @@ class EmbeddedServer:
     of the repository for changes; None: changes are ignored. The server's log is at `log_path`
     (`$DEEPSEEK_BUILD/serving/triton-<port>.log`); `echo_log` sends it to standard output and keeps only the start-up
     part in the file. `behind_gateway` closes every API that callers do not need and gives requests in flight more time
-    at shutdown. `preloads`: whether Triton gets the library of `batcher_wakeup.py`. `profile` is a folder for Triton's
+    at shutdown. `preloads`: whether Triton gets the library of `preloaded_fixes.py`. `profile` is a folder for Triton's
     traces, `trace.json.<n>`, once a client turns them on (trace level TIMESTAMPS), and at shutdown for ONNX Runtime's
     operator times, `onnxruntime-<instance>.<start in ns since 1970>.json`.
 

@@ -1,4 +1,4 @@
-"""The library that wakes Triton's dynamic batcher in time, built from `batcher_wakeup.c` if there is a C compiler.
+"""The library that keeps clients from faults of Triton 2.51, built from `preloaded_fixes.c` if there is a C compiler.
 
 Contract: `library` returns the one in the CPU image, or builds one under `$DEEPSEEK_BUILD/serving`; None if the
 compiler (`$CC`, else `cc`) cannot build one that loads. Without it a bounded queue can hold a request for up to 500 ms
@@ -18,7 +18,7 @@ from pathlib import Path
 from deepseek.spec import build_dir
 from serving.repository.checks import Finding
 
-SOURCE = Path(__file__).with_name("batcher_wakeup.c")
+SOURCE = Path(__file__).with_name("preloaded_fixes.c")
 MISSING = Finding(
     level="warning",
     where="queue",
@@ -30,7 +30,8 @@ MISSING = Finding(
 
 def library() -> Path | None:
     """The library to preload into `tritonserver`; None if it cannot be built."""
-    brought = SOURCE.with_name("libwakeup.so")  # a name that Python cannot import as a module
+    # A name that Python cannot import as a module, and that published versions look for.
+    brought = SOURCE.with_name("libwakeup.so")
     if brought.is_file():
         return brought
     version = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]

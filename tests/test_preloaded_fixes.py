@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serving.embedded.batcher_wakeup import MISSING, library, preload
 from serving.embedded.launcher import EmbeddedServer
+from serving.embedded.preloaded_fixes import MISSING, library, preload
 from tests.add_one import write_add_one
 from tests.conftest import FREE
 

@@ -1,7 +1,7 @@
-/* Wakes Triton's dynamic batcher in time; preloaded into tritonserver (serving/embedded/batcher_wakeup.py, docs/triton.md).
+/* Keeps clients from meeting five faults of Triton 2.51; preloaded into tritonserver (preloaded_fixes.py, docs/triton.md).
  *
- * If the queue has a bound or a time-out, the batcher takes a request only while an instance is free, and waits on a
- * condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An instance that finishes notifies the batcher just
+ * It wakes Triton's dynamic batcher in time. If the queue has a bound or a time-out, the batcher takes a request only while an
+ * instance is free, and waits on a condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An instance that finishes notifies the batcher just
  * before it counts as free. In two cases the batcher misses that and sleeps beside a free instance, until the next request
  * or for the 500 ms:
  * - it holds a request and checks before the instance counts as free (WaitForPayloadSlotAvailable), or
