@@ -1,9 +1,9 @@
 /* Keeps clients from meeting five faults of Triton 2.51; preloaded into tritonserver (preloaded_fixes.py, docs/triton.md).
  *
- * It wakes Triton's dynamic batcher in time. If the queue has a bound or a time-out, the batcher takes a request only while an
- * instance is free, and waits on a condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An instance that finishes notifies the batcher just
- * before it counts as free. In two cases the batcher misses that and sleeps beside a free instance, until the next request
- * or for the 500 ms:
+ * It wakes Triton's dynamic batcher in time. If the queue has a bound or a time-out, the batcher takes a request only
+ * while an instance is free, and waits on a condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An
+ * instance that finishes notifies the batcher just before it counts as free. In two cases the batcher misses that and
+ * sleeps beside a free instance, until the next request or for the 500 ms:
  * - it holds a request and checks before the instance counts as free (WaitForPayloadSlotAvailable), or
  * - it holds none and a request arrives between the two: no instance is free yet, so the request does not wake it.
  *
