@@ -218,6 +218,7 @@ def pip(venv: Path, *arguments: str, pinned_by: str | None = "requirements.lock"
     """Installs packages; prints a line for each download, and the number of installed packages."""
     remove_partial(venv)
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-warn-conflicts"]  # Triton's wheel asks for numpy 1 and packages that the server does not use
     command += ["-c", str(ROOT / pinned_by)] if pinned_by else []
     command += arguments
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=str(ROOT), close_fds=False) as process:
