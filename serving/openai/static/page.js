@@ -11,6 +11,7 @@ function element(name, text, className = "") {
   const made = document.createElement(name);
   made.textContent = text;
   made.className = className;
+  made.dir = "auto"; // a text may run from right to left
   return made;
 }
 
