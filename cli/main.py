@@ -51,9 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Opens those that the caller closed, as by `<&-`. Else files of this process, such as locks, get their numbers.
+    """Opens standard streams that the caller closed, as by `<&-`.
 
-    The commands that it starts would then read or write these files.
+    Otherwise a file that this process opens, such as a lock, gets the number of a standard stream, and the commands
+    that it starts read or write that file.
     """
     for number in range(3):
         try:

@@ -44,7 +44,7 @@ PRECISIONS: dict[Precision, PrecisionFacts] = {
         cosine=0.9999,
         common=0.99,
         why_tolerances="Another order of summation costs about 1e-6; 1e-3 is also the limit of the export. "
-        "TF32, in which NVIDIA GPUs multiply fp32, has fp16's mantissa and gets its tolerances.",
+        "NVIDIA GPUs multiply fp32 in TF32, which has fp16's mantissa, so fp16's tolerances apply there.",
     ),
     "fp16": PrecisionFacts(
         bits=16,

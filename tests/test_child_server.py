@@ -1,13 +1,15 @@
-"""A server as a child process that does not start is refused in one line."""
+"""A server as a child process that does not start is refused in one line; a child's environment."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from deepseek.spec import InputError
 from deepseek.spec.processes.child_server import child_server
+from deepseek.spec.processes.children import our_environment
 
 
 @pytest.mark.parametrize(
@@ -27,3 +29,7 @@ def test_a_server_that_does_not_start_is_one_line(tmp_path: Path, command: str, 
     )
     with pytest.raises(InputError, match=f"^{reason}$"), server:
         pass
+
+
+def test_a_child_of_ours_finds_the_rooms_of_the_checkout() -> None:
+    assert Path(our_environment()["PYTHONPATH"].split(os.pathsep)[0], "cli", "__main__.py").is_file()

@@ -291,28 +291,34 @@ def test_an_inference_is_repeated_after_503_only_if_it_did_not_run(
 
 
 @pytest.mark.parametrize(
-    ("code", "details", "trailing", "expected", "tries"),
+    ("code", "details", "trailing", "expected", "tries", "idempotent"),
     [
-        ("UNAVAILABLE", "failed to connect to all addresses; last error: x", {}, ConnectionLost, 1),
-        ("UNAVAILABLE", "the upstream is not ready", {}, ConnectionLost, 1),
-        ("UNAVAILABLE", "overloaded", {"retry_after": "0"}, ServerBusy, 1),
-        ("UNAVAILABLE", "Exceeds maximum queue size", {}, ServerBusy, 3),
-        ("UNAVAILABLE", "try again", {"grpc_retry_pushback_ms": "1"}, ServerBusy, 3),
+        ("UNAVAILABLE", "failed to connect to all addresses; last error: x", {}, ConnectionLost, 1, False),
+        ("UNAVAILABLE", "the upstream is not ready", {}, ConnectionLost, 1, False),
+        ("UNAVAILABLE", "overloaded", {"retry_after": "0"}, ServerBusy, 1, False),
+        ("UNAVAILABLE", "Exceeds maximum queue size", {}, ServerBusy, 3, False),
+        ("UNAVAILABLE", "try again", {"grpc_retry_pushback_ms": "1"}, ServerBusy, 3, False),
         (
             "UNAVAILABLE",
             "This protocol is restricted, expecting header 'triton-grpc-protocol-key'",
             {},
             AccessDenied,
             1,
+            False,
         ),
-        ("CANCELLED", "CANCELLED", {}, ConnectionLost, 1),  # by Triton, when its exit time-out is over
+        ("CANCELLED", "CANCELLED", {}, ConnectionLost, 3, True),
+        ("CANCELLED", "CANCELLED", {}, ConnectionLost, 1, False),  # by Triton, when its exit time-out is over
     ],
 )
 def test_an_inference_is_repeated_over_grpc_only_if_it_did_not_run(
-    server: EmbeddedServer, code: str, details: str, trailing: dict, expected: type, tries: int
+    server: EmbeddedServer, code: str, details: str, trailing: dict, expected: type, tries: int, idempotent: bool
 ) -> None:
     refusing = grpc_answering(refuse(grpc.StatusCode[code], details, **trailing))
-    with refusing as (url, seen), InferenceClient(url, retries=2) as client, pytest.raises(expected):
+    with (
+        refusing as (url, seen),
+        InferenceClient(url, retries=2, idempotent=idempotent) as client,
+        pytest.raises(expected),
+    ):
         client.send(prepared(server, "grpc"))
     assert len(seen) == tries
 

@@ -46,6 +46,11 @@ def http_client(gateway: Gateway) -> triton_http.InferenceServerClient:
     return triton_http.InferenceServerClient(f"localhost:{gateway.port}", ssl=True, ssl_context_factory=lambda: context)
 
 
+def test_a_caller_that_offers_both_protocols_gets_http_2(gateway: Gateway) -> None:
+    with gateway.connect("h2", "http/1.1") as connection:
+        assert connection.selected_alpn_protocol() == "h2"
+
+
 # ---- keys --------------------------------------------------------------------------------------
 
 

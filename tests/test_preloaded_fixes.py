@@ -70,18 +70,18 @@ RESPONSE_COMPLETE = (
 
 
 @pytest.fixture
-def wakeup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "a build"))  # a path that LD_PRELOAD cannot hold
     path = library()
     assert path is not None
     return path
 
 
-def test_only_waits_like_the_batchers_are_cut(wakeup: Path, tmp_path: Path) -> None:
+def test_only_waits_like_the_batchers_are_cut(fixes: Path, tmp_path: Path) -> None:
     waiter, source = tmp_path / "waiter", tmp_path / "waiter.c"
     source.write_text(WAITER)
     subprocess.run(["cc", "-D_GNU_SOURCE", "-o", str(waiter), str(source), "-lpthread"], check=True)
-    environment = {**os.environ, "LD_PRELOAD": preload(wakeup, tmp_path, "")}
+    environment = {**os.environ, "LD_PRELOAD": preload(fixes, tmp_path, "")}
 
     def returned(kind: str, waits: int) -> list[int]:
         run = subprocess.run([str(waiter), kind, str(waits)], env=environment, check=True, capture_output=True)
@@ -96,41 +96,72 @@ def test_only_waits_like_the_batchers_are_cut(wakeup: Path, tmp_path: Path) -> N
     assert returned("other", 1) == [errno.ETIMEDOUT]
 
 
-SENDER = """
-import socket, sys, threading, time
+# Sends messages of so many bytes through a pair of sockets that holds a third of them, while a thread takes them.
+SENDER = r"""
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <unistd.h>
+static int pair[2];
+static void *take(void *unused)
+{
+    char taken[65536];
+    usleep(200000);
+    while (recv(pair[1], taken, sizeof taken, 0) > 0)
+        ;
+    return unused;
+}
+int main(int count, char **words)
+{
+    pthread_t thread;
+    char message[64] = {0};
+    socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
+    fcntl(pair[0], F_SETFL, O_NONBLOCK);
+    pthread_create(&thread, NULL, take, NULL);
+    for (int sent = 0; sent < 1000; sent++)
+        if (send(pair[0], message, atoi(words[1]), 0) < 0) {
+            puts("full");
+            return 0;
+        }
+    puts("all");
+    return 0;
+}
+"""
+# The same from a program in Python, whose calls of `send` come from a library.
+OTHER_SENDER = """
+import socket
 here, there = socket.socketpair()
 here.setblocking(False)
-def take():
-    time.sleep(0.2)
-    while there.recv(65536):
-        pass
-threading.Thread(target=take, daemon=True).start()
 try:
-    for _ in range(1000):  # five times what the pair holds
-        here.send(bytes(int(sys.argv[1])))
-    print("all")
+    while True:
+        here.send(bytes(17))
 except BlockingIOError:
     print("full")
 """
 
 
-def test_the_hand_over_of_an_http_answer_waits_while_the_socket_pair_is_full(wakeup: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "LD_PRELOAD": preload(wakeup, tmp_path, "")}
-    for size, outcome in ((17, "all"), (18, "full")):
-        command = [sys.executable, "-c", SENDER, str(size)]
+def test_the_hand_over_of_an_http_answer_waits_while_the_socket_pair_is_full(fixes: Path, tmp_path: Path) -> None:
+    sender, source = tmp_path / "sender", tmp_path / "sender.c"
+    source.write_text(SENDER)
+    subprocess.run(["cc", "-D_GNU_SOURCE", "-o", str(sender), str(source), "-lpthread"], check=True)
+    environment = {**os.environ, "LD_PRELOAD": preload(fixes, tmp_path, "")}
+    other = [sys.executable, "-c", OTHER_SENDER]
+    for command, outcome in (([str(sender), "17"], "all"), ([str(sender), "18"], "full"), (other, "full")):
         run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         assert run.stdout == f"{outcome}\n"
 
 
 def test_it_is_built_once_and_rebuilt_if_it_does_not_load(
-    wakeup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fixes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert preload(wakeup, tmp_path, "libtcmalloc.so") == f"{tmp_path}/libwakeup.so:libtcmalloc.so"
-    built = wakeup.stat().st_mtime_ns
-    assert library() == wakeup
-    assert wakeup.stat().st_mtime_ns == built
+    assert preload(fixes, tmp_path, "libtcmalloc.so") == f"{tmp_path}/libwakeup.so:libtcmalloc.so"
+    built = fixes.stat().st_mtime_ns
+    assert library() == fixes
+    assert fixes.stat().st_mtime_ns == built
     monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "moved"))  # a path that the loader has not seen
-    other = tmp_path / "moved" / "serving" / wakeup.name
+    other = tmp_path / "moved" / "serving" / fixes.name
     other.parent.mkdir(parents=True)
     other.write_bytes(b"of another machine")
     assert library() == other

@@ -183,6 +183,9 @@ def test_the_stacks_env_file_is_read_as_compose_reads_it(host: Path) -> None:
     (host / "env").write_text("COMPOSE_FILE=old.yaml\nexport COMPOSE_FILE='compose.yaml'  # my own\n")
     start = "env COMPOSE_FILE=compose.yaml:docker/compose.tune.yaml docker/stack-server.sh {repository} {http_port}"
     assert stack_command(host / "env").startswith(start)
+    (host / "env").rename(host / "{env}")
+    filled = stack_command(host / "{env}").format(repository="r", http_port=1, grpc_port=2)
+    assert filled.endswith(f" r 1 2 '{host}/{{env}}'")
 
 
 @pytest.mark.parametrize(

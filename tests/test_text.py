@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from deepseek_client import InferenceClient, InvalidInput
+from deepseek_client import InferenceClient, InferenceError, InvalidInput
 from tokenizers import Tokenizer
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -154,6 +154,21 @@ def ask(server: EmbeddedServer, body: bytes) -> tuple[int, str]:
             return answer.status, ""
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())["error"]
+
+
+def test_a_bad_text_fails_alone(server: EmbeddedServer) -> None:
+    with InferenceClient(server.grpc_url, timeout_s=60) as client, ThreadPoolExecutor(16) as pool:
+
+        def call(text: str | bytes) -> str:
+            try:
+                return str(client.infer("sentence", {"text": [text]})["embedding"].shape)
+            except InferenceError as error:
+                return type(error).__name__
+
+        answers = list(pool.map(call, ["a text", b"\xff"] * 40))
+    assert answers == ["(1, 32)", "InvalidInput"] * 40
+    labels = '{model="sentence",reason="INTERNAL",version="1"}'  # callers' mistakes are not counted
+    assert counter(server, f"onnxruntime_inference_request_failure{labels}") == 0
 
 
 def test_a_request_that_triton_should_refuse_fails_alone(server: EmbeddedServer) -> None:

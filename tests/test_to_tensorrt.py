@@ -194,6 +194,7 @@ ATTENTION_11 = [
     {**layer("kgen", "BFloat16", "Datatype"), "Name": "_gemm_mha_v2_myl0_4"},
     layer("kgen", "BFloat16", "Datatype", TacticName="fmha_v2_flash_attention_bf16"),
     {**layer("kgen", "Half", "Datatype"), "Name": "__myl_Add_mha_output_myl0_7"},
+    {**layer("shuffle", "Half", "Datatype"), "Name": "mha_0/Reshape"},
     layer("gemm", "Float", "Datatype", Constants=None),
 ]
 

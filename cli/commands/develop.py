@@ -104,7 +104,12 @@ ROWS = (
                 "--only",
                 "only this part; repeat",
                 choices=(
-                    *("checkpointing", "accumulation", "prediction", "mixed-precision", "clipping", "batch-size"),
+                    "checkpointing",
+                    "accumulation",
+                    "prediction",
+                    "mixed-precision",
+                    "clipping",
+                    "batch-size",
                     "gpu",
                 ),
                 repeat=True,

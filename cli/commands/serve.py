@@ -93,7 +93,11 @@ ROWS = (
             Option("--timeout-s", "longest wait for readiness", kind=POSITIVE, default=120.0, variable=""),
             Option("--profile", "folder for request traces and operator times", kind=path, variable=""),
             Option("--echo-log", "write the server's log to standard output", kind=switch, variable=""),
-            Option("--no-preload", "run Triton without the library of docs/triton.md", kind=switch),
+            Option(
+                "--no-preload",
+                "run Triton without the library that prevents five of its faults (docs/triton.md)",
+                kind=switch,
+            ),
             BUILD,
             Option("command", "command to run while serving; then the server stops, with its exit code", rest=True),
         ),

@@ -11,7 +11,7 @@ import `deepseek.precisions` and `deepseek.targets`.
 | `command` | errors and exit codes of every command |
 | `metric_windows` | Prometheus rate windows, and the buckets of a histogram |
 | `files/` | atomic writes, locked folders, manifests, measured batches and what follows, versions, releases |
-| `processes/` | child processes: end, environment, ports; a server over a repository as one |
+| `processes/` | child processes: environment, free ports, end with their parent; a Triton server over a repository |
 | `machine/` | this machine's CPU and GPUs, tags of NVIDIA's containers |
 """
 

@@ -145,8 +145,9 @@ class BatchingSpec(Table):
     UNAVAILABLE). Absent: four times what the measured batches serve within the queue time-out, from 128 to 100,000;
     512 if nothing was measured."""
     queue_timeout_ms: int | None = Field(None, ge=1, le=INT32)
-    """Requests that wait longer in the queue are refused. Absent: `slo.p99_ms` less the time of two measured batches;
-    half of `slo.p99_ms` if nothing was measured; 200 without a latency in the SLO."""
+    """Requests that wait longer in the queue are refused. Absent: `slo.p99_ms` less two measured batches and what one
+    costs the server beside the model, but at least one batch; half of `slo.p99_ms` if nothing was measured; 200
+    without a latency in the SLO."""
     instances: int = Field(default_factory=lambda: min(2, cores()), ge=1, le=MOST_COPIES)
     """Copies of the model that run in parallel. Absent: 2, or 1 if the machine that publishes has one core. With 1, a
     Triton that this project did not start can stall: see docs/triton.md."""

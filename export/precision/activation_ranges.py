@@ -1,8 +1,8 @@
 """The ranges of a graph's activations, by number of calibration samples, and whether more samples would help.
 
-Contract: one run over all samples records the ranges after 8, 16, 32, ... samples. Every 8-bit build has those of all
-samples. The curve of the output error puts the others into the finished Q/DQ graph, one after the other. So it costs
-one short run per point, not one calibration per point. Its last point is the graph as built.
+Contract: one run over all samples records the ranges after 8, 16, 32, ... samples. A build uses the ranges of all
+samples. `calibration_curve` puts the earlier ranges into the finished Q/DQ graph and measures its output error, so a
+point costs one short run, not a calibration. Its last point is the graph as built.
 """
 
 from __future__ import annotations

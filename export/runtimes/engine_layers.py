@@ -75,7 +75,8 @@ def compute_layers(layers: list[Any]) -> Counter[str]:
 def _products(layer: dict[str, Any]) -> int:
     """The matrix products and convolutions in a layer."""
     kind = f"{layer.get('LayerType')} {layer.get('ParameterType')}"
-    if _ATTENTION.search(kind) or _FUSED.search(f"{layer.get('Name')} {layer.get('TacticName')}"):
+    fused = layer.get("LayerType") == "kgen" and _FUSED.search(f"{layer.get('Name')} {layer.get('TacticName')}")
+    if _ATTENTION.search(kind) or fused:
         return 2
     return 1 if _COMPUTE.search(kind) else 0
 

@@ -161,8 +161,8 @@ class EmbeddedServer:
         self._verified.fill()
         assemble_backend(scratch / "backends" / "python", backend, stub)
         variables = environment(libraries, scratch)
-        if self._preloads and (wakeup := library()):
-            variables["LD_PRELOAD"] = preload(wakeup, scratch, variables.get("LD_PRELOAD", ""))
+        if self._preloads and (fixes := library()):
+            variables["LD_PRELOAD"] = preload(fixes, scratch, variables.get("LD_PRELOAD", ""))
         elif self._preloads:
             self._missing = [MISSING]
         if self._profile is not None:

@@ -88,7 +88,15 @@ void *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int
     return original(request, name, type, shape, dims);
 }
 
-/* Only what evthr_defer sends has this size. If the thread takes nothing for a second, the answer is lost as before. */
+/* Whether the server's own program made the call, not a backend or a library. */
+static int is_programs(const void *caller)
+{
+    Dl_info callers, program;
+    return dladdr(caller, &callers) && dladdr((void *)(uintptr_t)getauxval(AT_ENTRY), &program) &&
+           callers.dli_fbase == program.dli_fbase;
+}
+
+/* The program sends this size only to its HTTP threads. If the thread takes nothing for a second, the answer is lost as before. */
 ssize_t send(int socket, const void *data, size_t size, int flags)
 {
     enum { COMMAND_BYTES = 17, WAIT_MS = 1000 };
@@ -96,18 +104,16 @@ ssize_t send(int socket, const void *data, size_t size, int flags)
     ssize_t sent;
     do
         sent = sendto(socket, data, size, flags, NULL, 0);
-    while (sent < 0 && errno == EAGAIN && size == COMMAND_BYTES && poll(&pair, 1, WAIT_MS) > 0);
+    while (sent < 0 && errno == EAGAIN && size == COMMAND_BYTES && is_programs(__builtin_return_address(0)) &&
+           poll(&pair, 1, WAIT_MS) > 0);
     return sent;
 }
 
 /* The size of a string is 1 for the server's own program, whose other uses of it are for other types. Backends get 0. */
 uint32_t TRITONSERVER_DataTypeByteSize(int type)
 {
-    Dl_info caller, program;
     uint32_t (*original)(int) = (uint32_t (*)(int))(intptr_t)dlsym(RTLD_NEXT, "TRITONSERVER_DataTypeByteSize");
-    int is_programs = type == STRINGS && dladdr(__builtin_return_address(0), &caller) &&
-                      dladdr((void *)(uintptr_t)getauxval(AT_ENTRY), &program) && caller.dli_fbase == program.dli_fbase;
-    return is_programs ? 1 : original(type);
+    return type == STRINGS && is_programs(__builtin_return_address(0)) ? 1 : original(type);
 }
 
 /* InferResponseComplete of Triton 2.51 in nvidia-pytriton 0.7.0: skips what it does for a cancelled call if it was not told
@@ -128,7 +134,7 @@ __attribute__((constructor)) static void answer_cancelled_calls(void)
             check + sizeof known > part->p_vaddr + part->p_memsz || memcmp(code, known, sizeof known) != 0)
             continue;
         void *start = (void *)((uintptr_t)jump & -page); /* both bytes of the jump are on one page */
-        if (mprotect(start, page, PROT_READ | PROT_WRITE) == 0) {
+        if (mprotect(start, page, PROT_READ | PROT_WRITE | PROT_EXEC) == 0) { /* refused: the code stays as it is */
             memcpy(jump, always, sizeof always);
             mprotect(start, page, PROT_READ | PROT_EXEC);
         }

@@ -1,8 +1,7 @@
 """The library that keeps clients from faults of Triton 2.51, built from `preloaded_fixes.c` if there is a C compiler.
 
 Contract: `library` returns the one in the CPU image, or builds one under `$DEEPSEEK_BUILD/serving`; None if the
-compiler (`$CC`, else `cc`) cannot build one that loads. Without it a bounded queue can hold a request for up to 500 ms
-beside a free instance, a cancelled gRPC call can end Triton, and answers over HTTP can be lost (docs/triton.md).
+compiler (`$CC`, else `cc`) cannot build one that loads. docs/triton.md says what callers see without it.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from serving.repository.checks import Finding
 SOURCE = Path(__file__).with_name("preloaded_fixes.c")
 MISSING = Finding(
     level="warning",
-    where="queue",
-    what="without a C compiler Triton can hold a request for up to 500 ms beside a free instance, "
-    "a cancelled gRPC call can end it, and answers over HTTP can be lost",
+    where="Triton",
+    what="without a C compiler callers meet five of its faults: requests that wait, lost answers and crashes "
+    "(docs/triton.md)",
     fix="apt-get install gcc libc6-dev",
 )
 
@@ -39,10 +38,10 @@ def library() -> Path | None:
     return path if _loads(path) or _built(path) else None  # rebuilt if another kind of machine built it
 
 
-def preload(wakeup: Path, folder: Path, others: str) -> str:
+def preload(fixes: Path, folder: Path, others: str) -> str:
     """The value of `LD_PRELOAD`: a link in `folder` to the library, since a path with a space would count as two."""
     link = folder / "libwakeup.so"
-    link.symlink_to(wakeup)
+    link.symlink_to(fixes)
     return ":".join(filter(None, [str(link), others]))
 
 

@@ -39,4 +39,4 @@ def start_on_stack(stack: ExitStack, command: str, repository: Path, log: Path, 
     try:
         return stack.enter_context(server)
     except NotServed as error:
-        raise InputError(f"{error} (all of it: {log})") from None
+        raise InputError(f"{error} (log: {log})") from None

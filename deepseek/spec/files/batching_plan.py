@@ -14,7 +14,8 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
   padding, but raise the tail in an overload (docs/research/2026-11-texts-in-parts.md).
 - `queue_timeout_ms` is L - T - t, with t the time of such a batch (or b texts), and T = t + its cost to the server: a
   request that waits longer cannot be answered in time. T is its own batch, t a reserve for longer rows and noise.
-- `max_queue_size` is four times the smallest requests that n instances serve within that time, at least LEAST_QUEUE:
+- `max_queue_size` is four times the number of requests, each of the fewest rows, that n instances serve within that
+  time, at least LEAST_QUEUE:
   shorter rows take less time, and a caller that a full queue refuses often retries at once, which takes the cores from
   the model. It is at most MOST_QUEUE, since each request that waits takes memory.
 

@@ -1,4 +1,4 @@
-"""Child processes: their environment, ports and end. A server over a repository as one, also the stack's Triton.
+"""Starts child processes and ends them with this one: environment, free ports, and a Triton server over a repository.
 
 Enter: each module, from every room. Imports: `deepseek.spec`.
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_ROOT = str(Path(__file__).parents[2])
+_ROOT = str(Path(__file__).parents[3])  # of the checkout
 
 
 def end_with(parent: int) -> None:

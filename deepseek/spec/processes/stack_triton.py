@@ -42,4 +42,7 @@ def stack_command(env_file: Path) -> str:
         reason = (built.stderr.strip().splitlines() or [f"exit code {built.returncode}"])[-1]
         raise InputError(f"the image of the stack's Triton cannot be built ({reason}); see docker compose build triton")
     ports = "{repository} {http_port} {grpc_port}"
-    return f"env COMPOSE_FILE={shlex.quote(compose_file)} {SCRIPT} {ports} {shlex.quote(str(env_file))}"
+    compose_word, env_word = (
+        shlex.quote(each).replace("{", "{{").replace("}", "}}") for each in (compose_file, str(env_file))
+    )
+    return f"env COMPOSE_FILE={compose_word} {SCRIPT} {ports} {env_word}"
