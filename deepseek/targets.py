@@ -60,10 +60,10 @@ def is_nvidia(provider: str) -> bool:
 
 
 def in_tf32(target: Target, provider: str | None, found: Mapping[str, object]) -> bool:
-    """Whether fp32 is multiplied in TF32, the default on an NVIDIA GPU of TensorRT, of ONNX Runtime and of PyTorch's
-    convolutions.
+    """Whether fp32 is multiplied in TF32.
 
-    `provider` is ONNX Runtime's, `found` are the facts in the engine's manifest.
+    On an NVIDIA GPU that is the default of TensorRT, of ONNX Runtime and of PyTorch's convolutions. `provider` is ONNX
+    Runtime's, `found` are the facts in the engine's manifest.
     """
     if target == "onnxruntime":
         return is_nvidia(provider or "")

@@ -15,9 +15,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError, ParitySpec, Precision, Target
+from deepseek.spec import Axis, DeploymentSpec, GateFailed, InputError, ParitySpec, Precision
 from deepseek.spec.paired_drop import judge_drop
-from deepseek.targets import in_tf32
 from export.checks.parity_cases import beyond, failures
 from export.model_folder import Predict
 from export.precision import accuracy_budget
@@ -76,22 +75,6 @@ def test_fp32_has_to_match_pytorch(tf32: bool, error: float, passes: bool) -> No
     report = {"items": {"common": 1.0}, "scores": {"worst_error": error}}
     with nullcontext() if passes else pytest.raises(GateFailed, match=r"output 'scores' is off by 0\.0+11 from"):
         select_precision._check_fp32(IMAGE, "tensorrt", report, tf32=tf32)
-
-
-@pytest.mark.parametrize(
-    ("target", "provider", "found", "tf32"),
-    [
-        ("onnxruntime", "cpu", {}, False),
-        ("onnxruntime", "cuda", {}, True),
-        ("onnxruntime", "auto", {}, False),
-        ("tensorrt", None, {"tf32": True}, True),
-        ("tensorrt", None, {"tf32": False}, False),
-        ("torchscript", None, {"tf32": True}, True),
-        ("tensorrt_rtx", None, {"tf32": True}, False),  # its graph runs on the CPU
-    ],
-)
-def test_fp32_on_an_nvidia_gpu_is_in_tf32(target: Target, provider: str, found: dict[str, bool], tf32: bool) -> None:
-    assert in_tf32(target, provider, found) == tf32
 
 
 ROWS = [{"pixels": np.full((3, 32, 32), value, np.float32)} for value in (1, 2)]

@@ -96,7 +96,7 @@ class Checkpoint:
     truncation_side: str | None
     """The side at which transformers cuts long texts, "left" or "right"; None: as tokenizer.json says."""
     class_settings: dict[str, dict[str, bool | None]]
-    """What transformers sets in the steps of tokenizer.json, by their type."""
+    """Settings that transformers changes in tokenizer.json: by the type of a step, then by field."""
 
     @property
     def has_tokenizer(self) -> bool:

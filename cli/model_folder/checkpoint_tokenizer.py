@@ -41,14 +41,17 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
 
 
 def usual_inputs(tokenizer: dict[str, Any]) -> list[str]:
-    """What a tokenizer gives besides ids. Each class of transformers 4 gives types; few of transformers 5 do."""
+    """The inputs that a tokenizer makes besides ids: each class of transformers 4 gives types, few of transformers 5 do."""
     name = tokenizer.get("tokenizer_class")
     typed = name in TYPED or ("backend" not in tokenizer and name != "TokenizersBackend")
     return ["token_type_ids"] if typed else []
 
 
 def class_settings(path: Path, tokenizer: dict[str, Any], model_type: str) -> dict[str, dict[str, bool | None]]:
-    """What the tokenizer's class sets in the steps of tokenizer.json, by their type; nothing without its settings."""
+    """Settings that the tokenizer's class changes in tokenizer.json; none without a tokenizer_config.json.
+
+    By the type of a step, then by field.
+    """
     name = str(tokenizer.get("tokenizer_class") or f"{model_type}Tokenizer").removesuffix("Fast").lower()
     found: dict[str, dict[str, bool | None]] = {}
     for key, (step, field, default) in CLASSES.get(name.removesuffix("tokenizer"), {}).items() if tokenizer else ():

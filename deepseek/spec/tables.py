@@ -240,7 +240,7 @@ class ParitySpec(_Tolerances):
         return getattr(self, precision)
 
     def of_tf32(self) -> Tolerance:
-        """For fp32 in TF32, which has fp16's mantissa: fp16's default, or fp32's tolerance where that is larger."""
+        """The tolerance of fp32 in TF32, which has fp16's mantissa: fp16's default, or fp32's if that is larger."""
         fp16, fp32 = ParitySpec().of("fp16"), self.of("fp32")
         return Tolerance(
             worst_error=max(fp16.worst_error, fp32.worst_error),

@@ -144,7 +144,7 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
 
 
 def how_to_fix(path: Path) -> str:
-    """What to do about a file of inputs that is missing or does not fit the model."""
+    """The advice for a file of inputs that is missing or does not fit the model."""
     built = path.name == "evaluation.npz"  # in build/<model>/
     return f"build the model first: make engine {variables_for(path.parent.name)}" if built else "correct --inputs"
 

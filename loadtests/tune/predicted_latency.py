@@ -73,7 +73,7 @@ class Curves:
         return min(settings.instances, max(1, self.cores // threads)), threads
 
     def as_fast_as(self, settings: ServingSettings, throughput_rps: float, users: int) -> Curves:
-        """The same curves on a machine that answers so many requests/s to users in a closed loop."""
+        """The same curves on a machine that answers `throughput_rps` requests/s to `users` users in a closed loop."""
         return replace(self, slower=self.slower * self.throughput_rps(settings, users) / throughput_rps)
 
     @property

@@ -117,7 +117,7 @@ uint32_t TRITONSERVER_DataTypeByteSize(int type)
 }
 
 /* InferResponseComplete of Triton 2.51 in nvidia-pytriton 0.7.0: skips what it does for a cancelled call if it was not told
- * of a cancellation (cmpb $0, received_notification_; je). The patch always skips it (nop; jmp). Other programs stay as they are.
+ * of a cancellation (cmpb $0, received_notification_; je). The patch always skips it (nop; jmp). Other programs are not changed.
  */
 __attribute__((constructor)) static void answer_cancelled_calls(void)
 {

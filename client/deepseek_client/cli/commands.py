@@ -95,7 +95,7 @@ def infer(
     output: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Sends the request in a file, nested lists by input name, or texts, and shows it and the answer."""
+    """Sends a request and shows it and the answer. The request is a file, nested lists by input name, or texts."""
     for name, number in (("top", top), ("fill", fill)):
         if number < 1:
             raise InvalidInput(f"--{name} {number}; it must be 1 or more")

@@ -16,7 +16,7 @@ ENGINE = "engine"
 """For a model that takes strings and calls the engine's model: the folder in its version that holds the engine's model,
 and the parameter of its `config.pbtxt` that names that model."""
 TF32 = "tf32"
-"""The parameter of `config.pbtxt` that says that an fp32 engine may multiply in TF32, which has fp16's mantissa."""
+"""The parameter of `config.pbtxt` of an fp32 engine that may multiply in TF32."""
 _NAMED = re.compile(rb"\bversions\s*:[\s\d,\[]+")  # in the version policy of a `config.pbtxt`
 KEPT_VERSIONS = 3  # the served version and two to roll back to
 
