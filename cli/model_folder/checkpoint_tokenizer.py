@@ -41,7 +41,7 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
 
 
 def usual_inputs(tokenizer: dict[str, Any]) -> list[str]:
-    """The inputs that a tokenizer makes besides ids: each class of transformers 4 gives types, few of transformers 5 do."""
+    """The inputs besides ids. Each tokenizer class of transformers 4 gives types, few of transformers 5 do."""
     name = tokenizer.get("tokenizer_class")
     typed = name in TYPED or ("backend" not in tokenizer and name != "TokenizersBackend")
     return ["token_type_ids"] if typed else []
