@@ -52,6 +52,7 @@ def message(*outputs: dict, raw: tuple[bytes, ...] = (DATA,)) -> Any:
         pytest.param(http_json({"outputs": [binary(datatype="FP33")]}, DATA), id="unknown datatype"),
         pytest.param(http_json({"outputs": [binary(shape=[1, -1])]}, DATA), id="negative shape"),
         pytest.param(http_json({"outputs": [binary(shape=[1, 3.0])]}, DATA), id="fraction"),
+        pytest.param(http_json({"outputs": [binary(shape=[1] * 100_000)]}, DATA), id="dimensions without end"),
         pytest.param(http_json({"outputs": [binary(shape=[3, 1])]}, DATA), id="another dimension"),
         pytest.param(http_json({"outputs": [binary(), binary()]}, DATA + DATA), id="twice"),
         pytest.param(http_json({"outputs": [binary(parameters={"binary_data_size": 9999})]}, DATA), id="beyond the body"),
@@ -67,6 +68,7 @@ def test_an_http_answer_that_does_not_fit_is_one_error(raw: bytes) -> None:
     with pytest.raises(ServerError) as caught:
         http_answered(raw)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -198,6 +200,7 @@ def test_servers_say_that_they_are_not_ready(model: str | None, line: str, body:
         ),
         ("404 Not Found", "<html>", ModelNotFound, "404 Not Found"),
         ("500 Internal Server Error", "", ServerError, "500 Internal Server Error"),
+        ("500 Error", f'{{"error":"\\u001b{"x" * 10_000}"}}', ServerError, ": \ufffdx{4095}$"),
     ],
 )
 def test_an_answer_that_does_not_say_whether_the_server_is_ready_is_an_error(

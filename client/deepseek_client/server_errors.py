@@ -20,10 +20,13 @@ from deepseek_client.errors import (
     Unreachable,
 )
 
+LONGEST_REASON = 4096  # characters
+
 
 def one_line(reason: str) -> str:
-    """A server's message without line breaks and without its empty request id."""
-    return " ".join(reason.replace("[request id: <id_unknown>]", "").split())
+    """The start of a server's message, without its empty request id, line breaks and what controls a terminal."""
+    words = " ".join(reason[:LONGEST_REASON].replace("[request id: <id_unknown>]", "").split())
+    return "".join(each if each.isprintable() else "\ufffd" for each in words)
 
 
 def means_not_ready(reason: str, *, refused: bool) -> bool:

@@ -12,6 +12,8 @@ from deepseek_client.errors import InvalidInput
 from deepseek_client.metadata import DTYPES, ModelMetadata, TensorMetadata
 from deepseek_client.transport import Placement, Tensor
 
+MOST_AXES = 64  # as numpy
+
 
 def tensors_of(metadata: ModelMetadata, arrays: Sequence[np.ndarray | None]) -> tuple[Tensor, ...]:
     """Encodes arrays in the order of the metadata; None is a missing optional input."""
@@ -107,6 +109,8 @@ def placed_array(placement: Placement, output: str, datatype: str, shape: Sequen
 
 
 def _count(shape: Sequence[int]) -> int:
+    if len(shape) > MOST_AXES:  # the product of a million sizes would take hours
+        raise ValueError(f"a shape of {len(shape)} dimensions")
     count = 1
     for size in shape:
         if type(size) is not int or size < 0:
