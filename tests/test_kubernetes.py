@@ -228,15 +228,21 @@ def test_both_autoscalers_behave_as_the_simulated_one(generated: dict[str, Path]
 def test_the_autoscalers_metrics_are_recorded_and_the_ratio_is_0_when_idle(
     generated: dict[str, Path], tmp_path: Path
 ) -> None:
-    spec = find(build(generated["plain"]), "PrometheusRule", "triton-autoscaling")["spec"]
-    recorded = {rule["record"] for group in spec["groups"] for rule in group["rules"]}
-    assert recorded == set(METRICS.values()) - {METRICS["load"]}  # make kubernetes writes that one
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump(spec))
-    counter = 'nv_inference_%s_duration_us{namespace="n",pod="%s",model="m"}'
-    steps = {("queue", "a"): 3600, ("compute_infer", "a"): 7200, ("queue", "b"): 0, ("compute_infer", "b"): 0}
-    series = {counter % name: f"0+{step}" for name, step in steps.items()}
-    ratio = METRICS["queue"]
-    expected = [
-        {"labels": f'{ratio}{{namespace="n",pod="{pod}"}}', "value": value} for pod, value in (("a", 0.5), ("b", 0))
-    ]
-    check(tmp_path, at_the_end("", series, 5, {"expr": ratio, "exp_samples": expected}))
+    spec = find(build(generated["plain"]), "PrometheusRule", "deepseek")["spec"]
+    (group,) = (group for group in spec["groups"] if group["name"] == "triton-autoscaling")
+    assert {rule["record"] for rule in group["rules"]} == set(METRICS.values()) - {METRICS["load"]}  # of several models
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [group]}))
+    labels = 'namespace="deepseek",pod="%s",model="%s"'
+    steps = {("a", "add_one"): (3600, 7200, 600), ("b", "add_one"): (0, 0, 0), ("a", "add_one_engine"): (7200, 1, 600)}
+    names = ("queue_duration_us", "compute_infer_duration_us", "request_success")
+    series = {
+        f"nv_inference_{name}{{{labels % place}}}": f"0+{step}"
+        for place, each in steps.items()
+        for name, step in zip(names, each, strict=True)
+    }
+    for metric, values in ((METRICS["queue"], (0.5, 0)), (METRICS["rate"], (10, 0))):  # the engine behind it: not twice
+        expected = [
+            {"labels": f'{metric}{{namespace="deepseek",pod="{pod}"}}', "value": value}
+            for pod, value in zip("ab", values, strict=True)
+        ]
+        check(tmp_path, at_the_end("", series, 5, {"expr": metric, "exp_samples": expected}))

@@ -250,9 +250,9 @@ def test_several_models_in_a_pod_are_scaled_by_their_shares_of_it(
     (metric,) = (each["pods"] for each in spec["metrics"])
     assert metric == {"metric": {"name": METRICS["load"]}, "target": {"type": "AverageValue", "averageValue": "1000m"}}
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(find(objects, "PrometheusRule", "deepseek")["spec"]))
-    counter = 'nv_inference_request_success{namespace="n",pod="p",model="%s"}'
+    counter = f'nv_inference_request_success{{namespace="{NAMESPACE}",pod="p",model="%s"}}'
     series = {counter % "one": f"0+{437.5 * 60}", counter % "two": f"0+{125 * 60}", counter % "other": "0+6000"}
-    expected = [{"labels": f'{METRICS["load"]}{{namespace="n",pod="p"}}', "value": 1}]
+    expected = [{"labels": f'{METRICS["load"]}{{namespace="{NAMESPACE}",pod="p"}}', "value": 1}]
     check(tmp_path, at_the_end("", series, 5, {"expr": METRICS["load"], "exp_samples": expected}))
 
 
@@ -261,11 +261,15 @@ def test_the_alerts_are_those_of_the_stack(generated: dict[str, Path]) -> None:
     rule = find(build(generated["plain"]), "PrometheusRule", "deepseek")
     (most,) = (each["spec"]["maxReplicas"] for each in [find(build(generated["plain"]), "HorizontalPodAutoscaler")])
     ours = Scope(NAMESPACE)
-    assert rule["spec"] == rules(served_models(folder / "repository", folder), scope=ours, rollout_min=2 * most)
-    monitors = {name: find(build(generated["plain"]), "ServiceMonitor", name)["spec"] for name in ("triton", "gateway")}
+    *alerts, metrics = rule["spec"]["groups"]
+    assert {"groups": alerts} == rules(served_models(folder / "repository", folder), scope=ours, rollout_min=2 * most)
+    assert metrics["name"] == "triton-autoscaling"
+    monitors = {name: find(build(generated["gpu"]), "ServiceMonitor", name)["spec"] for name in ("triton", "gateway")}
     assert monitors["triton"]["jobLabel"] == "app.kubernetes.io/name"  # the jobs that the alerts ask for
     for name, endpoint, job in (("gateway", 0, "gateway"), ("triton", 1, "openai")):
         assert monitors[name]["endpoints"][endpoint]["relabelings"][0]["replacement"] == job
+    without_texts = find(build(generated["plain"]), "ServiceMonitor")["spec"]["endpoints"]
+    assert [endpoint["port"] for endpoint in without_texts] == ["metrics"]  # else a target is down for good
 
 
 def test_another_namespaces_servers_raise_no_alert_and_are_no_substitute(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ WINDOWS_S = {
     "3d": 259_200,
 }
 SCALING = "1m"
-"""Window of the autoscaler's metrics; `kubernetes/components/monitoring` has the same."""
+"""Window of the autoscaler's metrics."""
 QUEUES = "2m"
 """Window of queue and batch metrics: at least four scrapes, even at the slowest scrape interval."""
 BUDGETS = tuple(name for name, seconds in WINDOWS_S.items() if seconds >= 300)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deepseek.spec import InputError
 from deepseek.spec.metric_windows import SCALING
+from serving.observe.recording_rules import Scope
 from serving.repository.served_models import ServedModel
 
 METRICS = {"queue": "triton_queue_compute_ratio", "rate": "triton_requests_per_second", "load": "triton_load"}
@@ -83,14 +84,27 @@ def together(found: Mapping[str, ScaleChoice]) -> ScaleChoice:
     )
 
 
-def load_group(scale: ScaleChoice) -> dict[str, Any]:
-    """The recording rule for the load of each pod; components/monitoring has those of the other metrics."""
-    shares = (
-        f'rate(nv_inference_request_success{{model="{name}"}}[{SCALING}]) / {value:g}'
-        for name, value in scale.rates.items()
+def metric_group(scale: ScaleChoice, models: Sequence[ServedModel], scope: Scope) -> dict[str, Any]:
+    """The recording rules of the metrics, one series per pod.
+
+    Only these models count, as in the measurements: an engine behind one of them answers its requests once more.
+    """
+
+    def rate(counter: str, chosen: str) -> str:
+        return f"rate(nv_inference_{counter}{chosen}[{SCALING}])"
+
+    served = scope(f'model=~"{"|".join(model.name for model in models)}"')
+    queue, compute, requests = (
+        f"sum by (namespace, pod) ({rate(counter, served)})"
+        for counter in ("queue_duration_us", "compute_infer_duration_us", "request_success")
     )
-    expr = f"sum by (namespace, pod) ({' or '.join(shares)})"
-    return {"name": "triton-load", "interval": "5s", "rules": [{"record": METRICS["load"], "expr": expr}]}
+    # At least 1 us/s, so that an idle pod has the ratio 0: without a value the autoscaler would not scale down.
+    rules = {METRICS["queue"]: f"{queue} / clamp_min({compute}, 1)", METRICS["rate"]: requests}
+    if scale.rates:
+        loads = (f"{rate('request_success', scope(model=name))} / {value:g}" for name, value in scale.rates.items())
+        rules[METRICS["load"]] = f"sum by (namespace, pod) ({' or '.join(loads)})"
+    recorded = [{"record": name, "expr": expr} for name, expr in rules.items()]
+    return {"name": "triton-autoscaling", "interval": "5s", "rules": recorded}
 
 
 def scale_of(models: Sequence[ServedModel], build: Path) -> tuple[ScaleChoice, list[str]]:

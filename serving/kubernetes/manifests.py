@@ -74,6 +74,14 @@ def kustomization(overlay: Overlay) -> str:
         if overlay.models_url
         else ""
     )
+    unused = (
+        """\
+  - target: {kind: ServiceMonitor, name: triton}
+    patch: "- {op: remove, path: /spec/endpoints/1}"   # no model takes texts, so port 8003 does not listen
+"""
+        if overlay.monitoring and not overlay.sizes.openai_mib
+        else ""
+    )
     return f"""\
 # Written by deepseek kubernetes from the models in the repository. Apply it with kubectl apply -k.
 # Put your own changes into a kustomization on top of this one.
@@ -94,14 +102,14 @@ images:
 {images}
 patches:
 {chr(10).join(f"  - path: {patch}" for patch in patches)}
-{egress}"""
+{unused}{egress}"""
 
 
 def triton_patch(overlay: Overlay) -> str:
     """Triton's memory, shared memory, cores, grace period, and the source of the models."""
     size, url = overlay.sizes, overlay.models_url
     # On CPUs request = limit in whole cores, for all containers: the pod is "Guaranteed", and a kubelet with
-    # cpuManagerPolicy: static gives it cores of its own. Without that policy ONNX Runtime sees all cores of the node.
+    # cpuManagerPolicy: static gives it cores of its own. Without it the server still counts only the limit's cores.
     cores = "" if overlay.on_gpu else f'cpu: "{overlay.scale.cores}", '
     disk = f", ephemeral-storage: {overlay.models_mib + DISK_MIB}Mi" if url else ""
     beside = "" if overlay.on_gpu else f"{size.openai_mib} MiB for the /v1 routes, "

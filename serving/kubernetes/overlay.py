@@ -25,7 +25,7 @@ from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.read_env_file import gpu_stack_tag
 from deepseek.spec.files.repository import CONFIG
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
-from serving.kubernetes.autoscaling import autoscaler_patch, load_group, scale_of
+from serving.kubernetes.autoscaling import autoscaler_patch, metric_group, scale_of
 from serving.kubernetes.loadtest_jobs import write_loadtest
 from serving.kubernetes.manifests import (
     IMAGE_TAG,
@@ -71,8 +71,8 @@ def write(folder: Path, overlay: Overlay, models: list[ServedModel], runbook: st
         files["autoscaler.yaml"] = autoscaler_patch(overlay.autoscaler, overlay.scale, NAMESPACE)
     if overlay.monitoring:
         rollout_min = max(ROLLOUT_MIN, MINUTES_OF_POD * overlay.scale.max_replicas)
-        groups = rules(models, runbook, Scope(NAMESPACE), rollout_min)["groups"]
-        groups += [load_group(overlay.scale)] if overlay.scale.rates else []
+        scope = Scope(NAMESPACE)
+        groups = rules(models, runbook, scope, rollout_min)["groups"] + [metric_group(overlay.scale, models, scope)]
         files["alerts.yaml"] = alerts(as_yaml({"groups": groups}))
     for name, content in files.items():
         write_whole(folder / name, content)
