@@ -37,7 +37,12 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
     [
         (FOUND, 0, "capacity 95/s, limited by p99_ms (fails at 99/s)"),
         (FOUND | {"required_rps": 95.0}, 0, "the SLO asks for 95/s"),
-        (FOUND | {"required_rps": 100.0}, 1, "the SLO asks for 100/s"),
+        (FOUND | {"required_rps": 100.0, "trials": (trial(98, "fails", violated=True),)}, 1, "the SLO asks for 100/s"),
+        (
+            FOUND | {"required_rps": 100.0, "trials": (trial(99, "fails"), trial(105, "fails", violated=True))},
+            3,
+            "100/s, which is neither proved nor violated; decide with: make loadtest verdict MODEL=tiny UNTIL_DECIDED=1",
+        ),
         ({"limited_by": "p99_ms", "trials": (trial(2, "fails"),)}, 1, "no rate holds, down to 2/s: p99_ms"),
         ({"limited_by": "generator"}, 3, "capacity inconclusive; the generator, not the server"),
         (FOUND | {"limited_by": "generator"}, 3, "at least 95/s; the generator, not the server"),

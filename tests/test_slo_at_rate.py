@@ -71,10 +71,14 @@ def test_a_trial_is_judged_at_its_own_rate(tmp_path: Path) -> None:
     assert RateTrial.of_run(run, slo_at(SLO, 60, 10), "bracket").outcome == "holds"
     assert RateTrial.of_run(run, slo_at(SLO, 60, 10), "prove").outcome == "inconclusive"  # 10 s prove no p99
     assert seconds_to_prove(SLO, 60) == pytest.approx(1.5 * 4603 * 0.2, rel=1e-3)  # 0.1 % of errors
+    few = [*steady(0.009, count=592, lag_s=0), *[(p, s, s + 0.1, None) for p, s, *_ in steady(count=600)[592:]]]
+    trial = RateTrial.of_run(saved_run(tmp_path, few, rate_rps=60.0), slo_at(SLO, 60, 10), "bracket")
+    assert (trial.outcome, trial.violated) == ("fails", False)  # eight slow requests of 600 do not violate a p99
     run = saved_run(tmp_path, steady(0.03, count=600, lag_s=0), rate_rps=60.0)
     assert RateTrial.of_run(run, slo_at(SLO, 60, 10), "prove").outcome == "fails"
     slow = RateTrial.of_run(run, slo_at(SLO, 60, 10), "bracket")
     assert (slow.outcome, slow.failed, slow.p50_ms) == ("fails", ("p50_ms",), pytest.approx(30, rel=2e-3))
+    assert slow.violated
     lost = [(p, s, f, "ServerBusy" if i % 2 else None) for i, (p, s, f, _) in enumerate(steady(0.01, count=600))]
     busy = RateTrial.of_run(saved_run(tmp_path, lost, rate_rps=60.0), slo_at(SLO, 60, 10), "bracket")
     assert (busy.overloaded, busy.error_rate, busy.p99_ms) == (True, 0.5, None)

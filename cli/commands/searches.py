@@ -113,7 +113,7 @@ CAPACITY = Command(
         "deepseek capacity --start-rps 400 --max-s 300 --json",
         "deepseek capacity --model minilm --inputs texts.txt --route /v1/embeddings",
     ),
-    notes="Exit codes: 0 found and confirmed, 1 less than the SLO asks for, 3 inconclusive. docs/capacity.md",
+    notes="Exit codes: 0 found and confirmed, 1 violated at the SLO's rate, 3 inconclusive. docs/capacity.md",
 )
 REGRESSION = Command(
     "regression",

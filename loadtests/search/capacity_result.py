@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from deepseek_client import ModelMetadata
 from pydantic import Field
 
-from deepseek.spec import ExitCode, Target, build_dir
+from deepseek.spec import ExitCode, Target, build_dir, variables_for
 from deepseek.spec.checks import Table
 from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, TRIALS, UNDECIDED, WALK
 from loadtests.search.rate_trial import RateTrial
@@ -76,12 +76,16 @@ class Capacity(SavedResult):
 
     @property
     def exit_code(self) -> ExitCode:
-        """0 found, confirmed and as high as the SLO asks; 1 no rate holds, or it is too low; 3 inconclusive."""
+        """0 found, confirmed and as high as the SLO asks; 1 no rate holds, or a run violated the SLO at the rate that
+        it asks for, or at a lower one; 3 inconclusive. A capacity is a lower bound: a low one alone is no violation."""
         held = any(trial.outcome == "holds" for trial in self.trials)
         if self.limited_by in UNDECIDED or (held and not self.confirmed):
             return ExitCode.INVALID
-        short = self.capacity_rps is None or self.capacity_rps < (self.required_rps or 0)
-        return ExitCode.GATE_FAILED if short else ExitCode.PASS
+        asked_rps = self.required_rps or 0
+        if self.capacity_rps is not None and self.capacity_rps >= asked_rps:
+            return ExitCode.PASS
+        violated = any(trial.violated and trial.rate_rps <= asked_rps for trial in self.trials)
+        return ExitCode.GATE_FAILED if violated or self.capacity_rps is None else ExitCode.INVALID
 
     @property
     def sentence(self) -> str:
@@ -93,6 +97,9 @@ class Capacity(SavedResult):
         if not rate:
             return f"no rate holds, down to {min(each.rate_rps for each in self.trials):g}/s: {self.limited_by}"
         wanted = f"; the SLO asks for {self.required_rps:g}/s" if self.required_rps else ""
+        if self.exit_code == ExitCode.INVALID:
+            how = f"make loadtest verdict {variables_for(self.model)} UNTIL_DECIDED=1"
+            wanted += f", which is neither proved nor violated; decide with: {how}"
         fails = f" (fails at {self.first_failing_rps:g}/s)" if self.first_failing_rps else ""
         return f"capacity {rate}, limited by {self.limited_by}{fails}{wanted}"
 

@@ -36,7 +36,9 @@ class RateTrial(Table):
     error_rate: float = 0.0
     duration_s: float
     failed: tuple[str, ...] = ()
-    """The violated objectives."""
+    """The objectives that it misses."""
+    violated: bool = False
+    """The verdict on it is violated, with its confidence."""
     problems: tuple[str, ...] = ()
     """Why the trial is invalid."""
     run: str = ""
@@ -59,6 +61,7 @@ class RateTrial(Table):
             error_rate=run.window.failed / run.window.planned if run.window.planned else 0.0,
             duration_s=run.settings.duration_s,
             failed=tuple("throughput" if name == "rate_rps" else name for name in missed),  # the trial's own rate
+            violated=judgement.verdict == "violated",
             problems=judgement.problems,
             run=str(run.folder),
         )
