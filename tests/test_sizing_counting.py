@@ -20,6 +20,7 @@ from deepseek.sizing.training_step import saved_bytes
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
 from tests.bench.training_memory import peak_of
+from tests.test_sizing import saved
 from tests.test_sizing_memory import config
 
 
@@ -185,3 +186,20 @@ def test_an_open_axis_takes_the_size_it_is_given(tmp_path: Path) -> None:
     assert flops(OnnxModel(path, axes={"frames": 100}).ops(1, 7)) == 2 * 100 * 12
     with pytest.raises(InputError, match=r"m.onnx: axis: seen 'batch'; allowed: frames "):
         OnnxModel(path, axes={"batch": 100})
+
+
+@pytest.mark.parametrize(
+    ("text", "products"),
+    [
+        ("(float[2, n, 4] state, float[n, 4] x, float[4, 8] w) => (float[2, n, 8] y) "
+         "{ a = Add(state, x) y = MatMul(a, w) }", 2 * 3 * 4 * 8),
+        ("(float[1, 4] x, float[4, 8] w) => (float[1, 8] y) { y = MatMul(x, w) }", 3 * 4 * 8),
+    ],
+    ids=["open", "one batch size"],
+)  # fmt: skip
+def test_a_fixed_first_dimension_is_the_batch_only_in_a_graph_of_one_batch_size(
+    text: str, products: int, tmp_path: Path
+) -> None:
+    model = OnnxModel(saved(tmp_path / "m.onnx", text))
+    assert flops(model.ops(3, 5)) == 2 * products
+    assert model.open_axes == []

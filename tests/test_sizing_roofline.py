@@ -10,8 +10,8 @@ import pytest
 from deepseek.sizing import presets
 from deepseek.sizing.devices import read_devices
 from deepseek.sizing.memory import InferenceSetup, inference_memory
-from deepseek.sizing.model.counting import flops
-from deepseek.sizing.roofline import CONSTANTS, predict, predict_decode
+from deepseek.sizing.model.counting import Op, flops
+from deepseek.sizing.roofline import CONSTANTS, of_ops, predict, predict_decode
 from tests.bench.published import fit, summary
 
 DEVICES = read_devices(Path("deepseek/devices.toml"))
@@ -75,3 +75,8 @@ def test_a_cpu_takes_time_for_operations_that_an_engine_fuses() -> None:
     cpu = DEVICES["t4"].model_copy(update={"elements_g_s": 1.0})
     apart, fused = (predict(BERT, each, precision="fp32", batch=4).latency_s for each in (cpu, DEVICES["t4"]))
     assert apart > 1.02 * fused
+
+
+def test_a_graph_of_operations_that_cost_nothing_takes_one_launch() -> None:
+    for ops in ([], [Op(kind="elementwise", outputs=4)]):
+        assert of_ops(ops, DEVICES["t4"], precision="fp16").latency_s == pytest.approx(CONSTANTS.launch_us * 1e-6)

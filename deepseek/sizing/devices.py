@@ -42,7 +42,7 @@ class Device(Table):
     """Rate of the products in attention, as a share of that of large products; absent: the default of
     `deepseek.sizing.roofline`."""
     bandwidth_efficiency: Efficiency | None = None
-    launch_us: NotNegative | None = None
+    launch_us: Positive | None = None
     """Launch overhead per operation; absent: that of a GPU with CUDA graphs."""
     elements_g_s: Positive | None = None
     """On a CPU: 1e9 results/s of the elementwise operations between products, which are not fused."""

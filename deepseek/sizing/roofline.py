@@ -6,7 +6,7 @@ Each operation takes the longer of its compute time and its memory time, plus a 
     filled = outputs / (outputs + half_filled x compute units)
 
 Elementwise operations cost nothing in an engine, which fuses them; on a CPU they take their number of results divided
-by the measured `elements_g_s`.
+by the measured `elements_g_s`. A graph takes at least one launch.
 
 Contract: no torch; seconds. `Constants` are fitted to published TensorRT figures of BERT-base at four batch sizes, and
 checked on all other figures and on BERT-large (`python -m tests.bench.published`). devices.toml has the efficiency of
@@ -84,11 +84,15 @@ def of_ops(
     known, calibrated = efficiency(device, precision)
     rate *= known if share is None else share
     seconds = sum(_seconds(op, device, rate, precision, constants) * op.count for op in ops)
-    return Prediction(latency_s=seconds, calibrated=calibrated)
+    return Prediction(latency_s=max(seconds, _launch_s(device, constants)), calibrated=calibrated)
+
+
+def _launch_s(device: Device, constants: Constants) -> float:
+    return (constants.launch_us if device.launch_us is None else device.launch_us) * 1e-6
 
 
 def _seconds(op: Op, device: Device, rate: float, precision: str, constants: Constants) -> float:
-    launch = (constants.launch_us if device.launch_us is None else device.launch_us) * 1e-6
+    launch = _launch_s(device, constants)
     reached = device.bandwidth_efficiency or constants.bandwidth_efficiency
     read = BYTES[precision] * (op.moved + op.weights) + activation_width(precision, device.platform) * op.cached
     memory = read / (device.bandwidth_gb_s * 1e9 * reached)

@@ -1,7 +1,8 @@
 """An ONNX file as a `Countable`: its parameters, and the operations of one forward pass at any size of its axes.
 
 Contract: needs onnx, not torch. It reads only shapes, so weights in external files cost nothing. The first dimension of
-every input is the batch; `length` is the size of all other open axes, unless `axes` gives one by name. Quantized graphs
+every input is the batch, unless it is fixed and another input's is open; `length` is the size of all other open axes,
+unless `axes` gives one by name. Quantized graphs
 (Q/DQ) count as the operations that they compute. Raises InputError if the result of a product has no known shape;
 `uncounted` names products of which no shape is known.
 """
@@ -154,7 +155,19 @@ class OnnxModel:
 
     def _dims(self) -> list[Any]:
         """Axes of the inputs besides the batch."""
-        return [dim for value in self._inputs() for dim in list(value.type.tensor_type.shape.dim)[1:]]
+        shapes = [value.type.tensor_type.shape.dim for value in self._inputs()]
+        return [dim for shape in shapes for index, dim in enumerate(shape) if not self._is_batch(index, dim)]
+
+    @cached_property
+    def _batch(self) -> Any:
+        """The first dimension of the first input whose first dimension is open, or of the first input."""
+        firsts = [value.type.tensor_type.shape.dim[:1] for value in self._inputs()]
+        return min((dim for dims in firsts for dim in dims), key=lambda dim: bool(dim.dim_value), default=None)
+
+    def _is_batch(self, index: int, dim: Any) -> bool:
+        if dim.dim_value:  # a graph of one batch size is planned at any
+            return index == 0 and dim.dim_value == self._batch.dim_value
+        return index == 0 or dim.dim_param == self._batch.dim_param != ""
 
     def _shapes(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
         """Shapes of all activations, by ONNX's shape inference with every axis at one size."""
@@ -165,8 +178,10 @@ class OnnxModel:
         for value in proto.graph.input:
             if value.name in named:
                 for index, dim in enumerate(value.type.tensor_type.shape.dim):
-                    if index == 0 or not dim.dim_value:
-                        dim.dim_value = batch if index == 0 else self.axes.get(dim.dim_param, length)
+                    if self._is_batch(index, dim):
+                        dim.dim_value = batch
+                    elif not dim.dim_value:
+                        dim.dim_value = self.axes.get(dim.dim_param, length)
         for value in proto.graph.output:
             value.type.tensor_type.ClearField("shape")
         try:
