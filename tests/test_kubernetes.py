@@ -114,7 +114,7 @@ def test_every_pod_is_bounded_and_of_a_named_version(objects: tuple[Object, ...]
     for pod in pods(objects):
         assert all("sizeLimit" in volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume)
         for container in (*pod.get("initContainers", ()), *pod["containers"]):
-            assert re.fullmatch(r"\S+:[\d.]+", container["image"])
+            assert re.fullmatch(r"\S+:[\d.]+(-[\d.]+)?", container["image"])
             limits, requests = (container["resources"][kind] for kind in ("limits", "requests"))
             assert limits["memory"] == requests["memory"] or container["name"] == "gateway"
 
@@ -144,7 +144,7 @@ def test_the_namespace_refuses_other_pods_and_only_the_gateway_reaches_tritons_p
 
 
 @pytest.mark.parametrize(
-    ("name", "image"), [("plain", f"deepseek-server-cpu:{IMAGE_TAG}"), ("gpu", "deepseek-server:26.09")]
+    ("name", "image"), [("plain", f"deepseek-server-cpu:{IMAGE_TAG}"), ("gpu", f"deepseek-server:26.09-{IMAGE_TAG}")]
 )
 def test_triton_is_started_as_the_stack_starts_it(generated: dict[str, Path], name: str, image: str) -> None:
     objects = build(generated[name])

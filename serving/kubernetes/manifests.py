@@ -49,7 +49,7 @@ class Overlay:
 
 
 def image(overlay: Overlay, name: str) -> str:
-    tag = overlay.triton_tag if name == "deepseek-server" else overlay.image_tag
+    tag = f"{overlay.triton_tag}-{overlay.image_tag}" if name == "deepseek-server" else overlay.image_tag
     place = f"{overlay.registry.rstrip('/')}/{name}" if overlay.registry else name
     return f'  - {{name: {name}, newName: {place}, newTag: "{tag}"}}'
 
