@@ -208,6 +208,17 @@ class Joined(nn.Module):
         return self.head(F.relu(self.hidden(joined.flatten(1))))
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(50, 32), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.down(self.up(self.embed(ids)).relu()).relu())
+
+
 class Sliced(nn.Module):
     """Works without a unit of the second half, not without one of the first."""
 
@@ -234,8 +245,9 @@ class Sliced(nn.Module):
         (RotaryBert(), IDS, "up", "attention.query", "its channels cannot be followed"),
         (Recurrent(), torch.randn(4, 6, 8), "up", "first", "its channels cannot be followed"),
         (Sliced(), torch.randn(4, 8), "one", "up", "its channels depend on each other"),
+        (Tied(), IDS, "up", "down", "shares a weight with another layer, or is read by one that does"),
     ],
-    ids=["attention", "softmax", "joined", "rotary", "recurrent", "sliced"],
+    ids=["attention", "softmax", "joined", "rotary", "recurrent", "sliced", "tied"],
 )
 def test_a_layer_whose_units_cannot_be_removed_is_left_alone_and_named(
     model: nn.Module, inputs: Tensor, pruned: str, left: str, reason: str
@@ -299,24 +311,28 @@ def test_a_pruned_model_learns_the_outputs_of_the_original() -> None:
     assert after < 0.7 * before
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.up, self.down = nn.Embedding(50, 32), nn.Linear(32, 64), nn.Linear(64, 32)
-        self.head = nn.Linear(32, 50, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.down(self.up(self.embed(ids)).relu()).relu())
-
-
-def test_weights_that_pruning_unties_are_loaded_separately(tmp_path: Path) -> None:
+def test_tied_weights_stay_tied_when_a_pruned_model_is_loaded(tmp_path: Path) -> None:
     model = Tied().eval()
     before, original = weights_digest(model), copy.deepcopy(model)
     report = prune_model(model, (IDS,), PruneConfig(ratio=0.25))
     save_pruned(model, report, tmp_path / "pruned.safetensors", of=before)
     again = load_pruned(original, tmp_path / "pruned.safetensors")
+    assert model.head.weight is model.embed.weight
+    assert again.head.weight is again.embed.weight
     torch.testing.assert_close(again(IDS), model(IDS))
+
+
+def test_the_flops_of_an_lstm_count() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(8, 16, batch_first=True), mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][:, -1, :8])
+
+    report = prune_model(Last(), (torch.randn(4, 6, 8),))
+    assert report.flops[0] == 2 * (6 * 4 * 16 * (8 + 16) + 16 * (8 + 4))
 
 
 def test_a_frozen_model_is_pruned_and_tuned_and_stays_frozen(tmp_path: Path) -> None:

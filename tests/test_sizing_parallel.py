@@ -63,6 +63,13 @@ def test_no_layout_takes_less_than_its_share_of_the_state(precision: Any, mixed:
             assert layout.devices is None or (layout.memory_bytes or 0) >= state / layout.devices, layout
 
 
+def test_autocasts_copies_of_the_weights_are_not_sharded() -> None:
+    size = presets()["gpt2-xl"]
+    setup = TrainingSetup(batch=1, length=128, precision="bf16")
+    found = by_way(training_layouts(size, setup, A100.model_copy(update={"memory_gib": 16})))["sharded"]
+    assert (found.memory_bytes or 0) > 16 * size.parameters / (found.devices or 0) + 2 * size.product_parameters
+
+
 def test_data_parallel_saves_no_memory_and_sharding_does() -> None:
     sizes = {"num_layers": 48, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 16_384}
     size, setup = TransformerSize(config=config(**sizes)), TrainingSetup(batch=1, length=40, precision="bf16")
@@ -72,9 +79,10 @@ def test_data_parallel_saves_no_memory_and_sharding_does() -> None:
     assert (ways["sharded"].memory_bytes or 0) < A100.usable_bytes < training_memory(size, setup).total_bytes
 
 
-def test_the_bytes_of_a_step_equal_those_of_the_papers() -> None:
-    size = presets()["bert-large"]
-    setup = TrainingSetup(batch=1, length=512, accumulation_steps=4)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])  # weights and the residual stay fp32 under autocast
+def test_the_bytes_of_a_step_equal_those_of_the_papers(precision: Any) -> None:
+    size, width = presets()["bert-large"], 4 if precision == "fp32" else 2
+    setup = TrainingSetup(batch=1, length=512, accumulation_steps=4, precision=precision)
     small = DEVICES["t4"].model_copy(update={"memory_gib": 6.0})
     ways = by_way(training_layouts(size, setup, small))
     assert (count := ways["sharded"].devices) is not None
@@ -82,7 +90,7 @@ def test_the_bytes_of_a_step_equal_those_of_the_papers() -> None:
     assert ways["data"].sent_bytes == pytest.approx(2 * 1023 / 1024 * 4 * size.parameters)
     assert ways["pipeline"].sent_bytes == 2 * 4 * 512 * 1024 * 4
     assert (shared := ways["tensor"].devices) is not None
-    assert ways["tensor"].sent_bytes == pytest.approx(4 * 24 * 4 * 2 * (shared - 1) / shared * 512 * 1024 * 4)
+    assert ways["tensor"].sent_bytes == pytest.approx(4 * 24 * 4 * 2 * (shared - 1) / shared * 512 * 1024 * width)
 
 
 def test_a_model_of_70_billion_is_served_by_the_fewest_devices_and_the_reason_names_the_other_way() -> None:

@@ -12,6 +12,7 @@ module in eval mode and with every float parameter requiring a gradient. Raises 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class Prunable:
     def __init__(self, module: nn.Module, example: Inputs) -> None:
         self.module, self.example = module, example
         self.names = {layer: name for name, layer in module.named_modules()}
+        self.weights = Counter(id(weight) for layer in self.names for weight in layer.parameters(recurse=False))
         self.left_alone: dict[str, str] = {}
         try:
             with warnings.catch_warnings():
@@ -160,6 +162,8 @@ class Prunable:
                 return "is normalised, embedded or read by an LSTM: the width between blocks is fixed"
             if isinstance(part, CONV) and part.groups not in (1, part.in_channels):
                 return "is, or is read by, a grouped convolution"
+            if self.weights[id(getattr(part, "weight", None))] > 1:
+                return "shares a weight with another layer, or is read by one that does"
         if not self._readers(group):
             return "is an output, or is read by no linear or convolutional layer"
         return None if len(group[0].idxs) > 1 else "has one channel"

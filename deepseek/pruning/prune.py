@@ -202,7 +202,7 @@ def save_pruned(module: nn.Module, report: PruneReport, path: str | Path, *, of:
     must not run code. It holds the weights and the changed sizes; everything else comes from the user's module.
     """
     tensors = _tensors(module)
-    same = {name: names[0] for names, _ in tensors for name in names[1:]}  # pruning may untie tied weights
+    same = {name: names[0] for names, _ in tensors for name in names[1:]}  # tied weights are stored once
     about = {"of": of, "ratio": report.ratio, "replaced": report.replaced, "sizes": report.sizes, "same": same}
     weights = {names[0]: tensor.detach().contiguous() for names, tensor in tensors}
     with beside(Path(path)) as draft:
@@ -276,9 +276,14 @@ def _changed(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]
 
 
 def _flops(module: nn.Module, example: Inputs) -> int:
-    # The counter sees the matrix products of attention's math kernel, but not its fused kernel on a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module(*example)
+    # The counter sees the products of attention's math kernel, but not a CPU's fused kernels of attention and LSTM.
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module(*example)
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
     return counter.get_total_flops() // max(1, len(example[0]))
 
 

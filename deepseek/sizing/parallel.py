@@ -9,7 +9,8 @@ and were not compared with measurements.
 
     data      each device holds a copy; gradients are all-reduced: 2 (N-1)/N of their bytes
     sharded   weights, gradients and optimizer state are divided (FSDP, ZeRO-3): each micro-batch gathers the weights
-              for forward and for backward, and scatters gradients: 3 (N-1)/N of their bytes (ZeRO, section 7.2.2)
+              for forward and for backward, and scatters gradients: 3 (N-1)/N of their bytes (ZeRO, section 7.2.2).
+              Autocast's 16-bit copies of the weights are not divided
     tensor    each product is divided over at most 8 devices: 4 all-reduces of the hidden states per block and
               micro-batch, 2 more with checkpointing (Shoeybi et al. 2019, Megatron-LM, figure 4)
     pipeline  whole blocks are divided; a stage passes hidden states on and gets their gradients back. With M
@@ -78,9 +79,10 @@ class _Way:
 def training_layouts(model: AnyModel, setup: TrainingSetup, device: Device) -> list[Layout]:
     """The ways to train, each with the fewest devices."""
     whole = training_memory(model, setup)
-    gradients, width, steps = setup.full_bytes * model.parameters, setup.value_bytes, setup.accumulation_steps
+    gradients, steps = setup.full_bytes * model.parameters, setup.accumulation_steps
     rest = whole.activation_bytes + whole.workspace_bytes + whole.context_bytes
-    largest = 2 * _largest_part(model) * width  # one part in use, the next being gathered
+    largest = 2 * _largest_part(model) * setup.full_bytes  # one part in use, the next being gathered
+    copies = whole.weight_bytes - gradients  # autocast's, of gathered weights: backward keeps them
     ways = [
         _Way(way="single", counts=[1], memory=lambda count: whole.total_bytes, sent=lambda count: 0.0),
         _Way(
@@ -95,8 +97,8 @@ def training_layouts(model: AnyModel, setup: TrainingSetup, device: Device) -> l
             way="sharded",
             own_samples=True,
             counts=_counts(MOST_DEVICES),
-            memory=lambda count: whole.state_bytes / count + largest + rest,
-            sent=lambda count: 3 * (count - 1) / count * width * model.parameters * steps,
+            memory=lambda count: (whole.state_bytes - copies) / count + copies + largest + rest,
+            sent=lambda count: 3 * (count - 1) / count * gradients * steps,
             never="activations are not divided: checkpoint, or use a smaller batch",
         ),
     ]
@@ -149,7 +151,7 @@ def _pipeline_training(model: TransformerSize, setup: TrainingSetup, whole: Trai
         way="pipeline",
         counts=_stages(model),
         memory=memory,
-        sent=lambda count: 2.0 * steps * states * setup.value_bytes,
+        sent=lambda count: 2.0 * steps * states * setup.full_bytes,
         idle=lambda count: (count - 1) / (steps + count - 1),
         never="a stage holds at least one block with its micro-batches: checkpoint, or use a smaller batch",
     )
