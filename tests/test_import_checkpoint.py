@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tests.tiny_checkpoints import CONFIGS, LABELS, MEAN, POSITIONS, change, wri
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+KINDS_AND_TASKS = [(kind, task) for kind in KINDS for task in HEADS if task == "encoder" or not KINDS[kind].generates]
 KIND_OF = {"encoder": "bert", "classifier": "distilbert", "token-classifier": "roberta", "cross-encoder": "bert"}
 
 
@@ -57,16 +58,17 @@ def batch(root: Path, task: str) -> dict[str, np.ndarray]:
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def of_transformers(task: str, module: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What the checkpoint's own module gives, each row alone and without padding."""
+def of_transformers(task: str, module: Any, inputs: dict[str, np.ndarray], last: bool = False) -> np.ndarray:
+    """What the checkpoint's own module gives, each row alone and without padding; embeddings are the mean or the last."""
     found = []
     for place, mask in enumerate(inputs["attention_mask"]):
         row = {name: torch.from_numpy(array[place : place + 1, : mask.sum()]) for name, array in inputs.items()}
         with torch.inference_mode():
             outputs = module(**row)
         if task == "encoder":
-            mean = outputs.last_hidden_state[0].mean(0)
-            found.append((mean / mean.norm()).numpy())
+            vectors = outputs.last_hidden_state[0]
+            embedding = vectors[-1] if last else vectors.mean(0)
+            found.append((embedding / embedding.norm()).numpy())
         else:
             found.append(outputs.logits[0].numpy())
     return np.array(found) if task != "token-classifier" else np.array(found, dtype=object)
@@ -147,19 +149,20 @@ def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "task"), [(kind, task) for kind in KINDS for task in HEADS])
+@pytest.mark.parametrize(("kind", "task"), KINDS_AND_TASKS)
 def test_each_allowed_kind_of_model_gives_what_transformers_gives(
     kind: str, task: str, tmp_path: Path, own_build: Path
 ) -> None:
     module = write_checkpoint(tmp_path / "checkpoints" / task, kind, task)
     if task == "encoder":
-        write_modules(tmp_path / "checkpoints" / task, MEAN, "Normalize")
+        pooling = {"pooling_mode": "lasttoken"} if KINDS[kind].generates else MEAN
+        write_modules(tmp_path / "checkpoints" / task, pooling, "Normalize")
     main(values_of("import", str(tmp_path / "checkpoints" / task), "--models", str(tmp_path / "models")))
     export_model(ModelFolder(task, tmp_path / "models"))
     graph = own_build / task / "fp32" / "model.onnx"
     inputs = batch(tmp_path, task)
     (found,) = onnxruntime.InferenceSession(graph).run(["embedding" if task == "encoder" else "logits"], inputs)
-    for row, expected in zip(found, of_transformers(task, module, inputs), strict=True):
+    for row, expected in zip(found, of_transformers(task, module, inputs, last=KINDS[kind].generates), strict=True):
         np.testing.assert_allclose(row[: len(expected)], expected.astype(np.float32), atol=1e-4)
 
 
@@ -212,43 +215,6 @@ def test_samples_are_the_texts_of_the_user(checkpoints: tuple[Path, dict[str, An
                 list(folder.rows("calibration", 500))
         else:
             assert tuple(len(list(folder.rows(split, 500))) for split in ("calibration", "evaluation")) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "normalize", "expected"),
-    [
-        (MEAN, False, lambda vectors: vectors.mean(0)),
-        ({"pooling_mode_cls_token": True}, False, lambda vectors: vectors[0]),
-        ({"pooling_mode_max_tokens": True}, False, lambda vectors: vectors.amax(0)),
-        ({"pooling_mode": "cls"}, True, lambda vectors: vectors[0] / vectors[0].norm()),
-    ],
-)
-def test_an_embedding_is_pooled_as_the_checkpoint_says(
-    settings: dict[str, Any], normalize: bool, expected: Callable[[Any], Any], tmp_path: Path
-) -> None:
-    module = write_checkpoint(tmp_path / "some", "bert")
-    write_modules(tmp_path / "some", settings, *["Normalize"] * normalize)
-    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
-    ids, mask = torch.tensor([[1, 9, 17, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]])
-    with torch.inference_mode():
-        (found,) = ModelFolder("some", tmp_path / "models").load()(ids, mask)
-        vectors = module(ids[:, :4], mask[:, :4]).last_hidden_state[0]
-    torch.testing.assert_close(found[0], expected(vectors), atol=1e-5, rtol=0)
-
-
-def test_an_embedding_is_cut_to_truncate_dim_after_it_is_normalized(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "some", "bert")
-    write_modules(tmp_path / "some", MEAN, "Normalize")
-    inputs = torch.tensor([[1, 9, 17, 2]]), torch.ones(1, 4, dtype=torch.int64)
-    found = {}
-    for name, settings in (("whole", "{}"), ("cut", '{"truncate_dim": 8}')):
-        (tmp_path / "some" / "config_sentence_transformers.json").write_text(settings)
-        main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models"), "--name", name))
-        folder = ModelFolder(name, tmp_path / "models")
-        with torch.inference_mode():
-            (found[name],) = folder.load()(*inputs)
-        assert folder.spec.outputs["embedding"].shape == ("batch", found[name].shape[1])
-    torch.testing.assert_close(found["cut"], found["whole"][:, :8])
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def modules(settings: dict[str, Any], *more: str) -> Callable[[Path], object]:
     return lambda folder: write_modules(folder, settings, *more)
 
 
+def dense(spoil: Callable[[Path], object] | None = None, **values: Any) -> Callable[[Path], object]:
+    def spoiled(folder: Path) -> None:
+        write_modules(folder, MEAN, "Dense")
+        spoil(folder) if spoil else change(folder / "2_Dense", **values)
+
+    return spoiled
+
+
 def as_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.touch()
@@ -103,6 +111,7 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (config(auto_map={"AutoModel": "code.Bert"}), (), "auto_map: the checkpoint brings code of its own (trust_remote_code)"),
     (config(model_type="gpt2"), (), "model_type: seen 'gpt2'; allowed: encoders of the types albert, bert, "),
     (config(model_type="t5", is_encoder_decoder=True), (), "a model that generates text belongs to vLLM"),
+    (config(model_type="qwen3"), (), "model_type: seen 'qwen3' without a pooling in modules.json; allowed: "),
     (config(position_embedding_type="relative_key"), (), "position_embedding_type: seen 'relative_key'; allowed: absolute"),
     (config(is_decoder=True), (), "model_type: seen 'bert' as a decoder"),
     (config(architectures=["BertForQuestionAnswering"]), (), "architectures: seen BertForQuestionAnswering, which has no weights for a known task"),
@@ -116,13 +125,18 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (with_file("tokenizer_config.json", '{"model_input_names": 3}'), (), "tokenizer_config.json: model_input_names: seen 3; a list of names"),
     (with_file("tokenizer_config.json", '{"do_lower_case": "no"}'), (), "tokenizer_config.json: do_lower_case: seen 'no'; allowed: true, false"),
     (config(vocab_size=50), (), "tokenizer.json: the largest id is 95, but vocab_size in config.json is 50"),
-    (modules(MEAN, "Dense"), (), "modules.json: seen the module Dense; allowed: Transformer, Pooling, Normalize"),
-    (modules({"pooling_mode_lasttoken": True}), (), "1_Pooling/config.json: seen the pooling lasttoken; allowed: one of mean, cls, max"),
+    (modules(MEAN, "Dense", "LSTM"), (), "seen the modules Transformer, Pooling, Dense, LSTM; allowed: Transformer, Pooling, then Dense and"),
+    (modules({"pooling_mode": ["mean", "max"]}), (), "1_Pooling/config.json: seen the pooling mean, max; allowed: one of mean, cls, max, lasttoken, "),
+    (dense(activation_function="own.Square"), (), "2_Dense/config.json: activation_function: seen 'own.Square'; allowed: GELU, Identity, "),
+    (dense(module_input_name="token_embeddings"), (), "2_Dense/config.json: module_input_name: seen 'token_embeddings'; write such a module"),
+    (dense(use_residual=True), (), "2_Dense/config.json: use_residual: seen True"),
+    (dense(in_features=64), (), "2_Dense/config.json: in_features: seen 64, but the module before it gives 32"),
+    (dense(without("2_Dense/pytorch_model.bin")), (), "2_Dense: no weights; allowed: model.safetensors, pytorch_model.bin"),
     (prompt_apart, (), "1_Pooling/config.json: include_prompt: seen false"),
     (with_file("config_sentence_transformers.json", '{"prompts": ["a"]}'), (), "config_sentence_transformers.json: prompts cannot be read ("),
     (with_file("config_sentence_transformers.json", '{"prompts": {"a": "b"}, "default_prompt_name": "c"}'), (), "default_prompt_name 'c' is not one of the prompts"),
     (prompt_of_pairs, ("--task", "cross-encoder"), "default_prompt_name: seen 'query', but pairs of texts have no prompts here"),
-    (own_module, (), "modules.json: seen the module custom_st.Pooling; allowed: Transformer, Pooling, Normalize"),
+    (own_module, (), "modules.json: seen the modules Transformer, custom_st.Pooling; allowed: Transformer, Pooling, "),
     (with_file("modules.json", "[{}]"), (), "modules.json: cannot be read"),
     ((lambda folder: None), ("--name", "gateway"), "name: seen 'gateway', but build/gateway is reserved"),
     ((lambda folder: None), ("--name", "taken"), "taken: already exists; choose another name, or another folder"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 POSITIONS = 66  # max_position_embeddings
@@ -19,6 +20,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 120,
     "max_position_embeddings": POSITIONS,
 }
+HEADS_OF_16 = SIZES | {"num_key_value_heads": 1, "head_dim": 16}
 CONFIGS: dict[str, Any] = {
     "albert": lambda: transformers.AlbertConfig(**SIZES, embedding_size=16),
     "bert": lambda: transformers.BertConfig(**SIZES),
@@ -33,12 +35,28 @@ CONFIGS: dict[str, Any] = {
     "modernbert": lambda: transformers.ModernBertConfig(
         **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=16
     ),
+    "eurobert": lambda: transformers.EuroBertConfig(
+        **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, mask_token_id=3
+    ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **HEADS_OF_16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+        use_bidirectional_attention=True,
+    ),
+    "gte": lambda: transformers.GteConfig(**SIZES),
+    "mistral": lambda: transformers.MistralConfig(**HEADS_OF_16, sliding_window=16),
     "mpnet": lambda: transformers.MPNetConfig(**SIZES),
+    "nomic_bert": lambda: transformers.NomicBertConfig(**SIZES),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES, num_key_value_heads=1),
+    "qwen3": lambda: transformers.Qwen3Config(**HEADS_OF_16),
     "roberta": lambda: transformers.RobertaConfig(**SIZES),
+    "t5": lambda: transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=120),
     "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES),
 }
 MEAN = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
 """Settings of a pooling module."""
+TANH = "torch.nn.modules.activation.Tanh"
 HEADS = {
     "encoder": "AutoModel",
     "classifier": "AutoModelForSequenceClassification",
@@ -59,12 +77,13 @@ def write_checkpoint(folder: Path, kind: str, task: str = "encoder", *, tokenize
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: place for place, label in enumerate(labels)}
     torch.manual_seed(0)
-    model = getattr(transformers, HEADS[task]).from_config(config).eval()
+    made = transformers.T5EncoderModel if kind == "t5" else getattr(transformers, HEADS[task]).from_config
+    model = made(config).eval()
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.2)
     model.save_pretrained(folder, **saving)
     if tokenizer:
-        write_tokenizer(folder / "tokenizer.json", config.pad_token_id)
+        write_tokenizer(folder / "tokenizer.json", config.pad_token_id or 0)
     return model
 
 
@@ -83,8 +102,11 @@ def write_tokenizer(path: Path, padding: int) -> None:
 
 
 def write_modules(folder: Path, pooling: dict[str, Any], *more: str) -> None:
-    """The files that sentence-transformers writes beside a checkpoint: modules.json and the pooling's settings."""
-    kinds = ("Transformer", "Pooling", *more)
+    """The files that sentence-transformers writes beside a checkpoint: modules.json and each module's settings.
+
+    A Dense module halves each number of the first half of an embedding, and adds 0.1. The first one is a pickle.
+    """
+    kinds, size = ("Transformer", "Pooling", *more), 32
     rows = [
         {
             "idx": place,
@@ -95,8 +117,19 @@ def write_modules(folder: Path, pooling: dict[str, Any], *more: str) -> None:
         for place, kind in enumerate(kinds)
     ]
     (folder / "modules.json").write_text(json.dumps(rows))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    for place, kind in enumerate(kinds[1:], 1):
+        inside = folder / f"{place}_{kind}"
+        inside.mkdir(exist_ok=True)
+        settings = pooling if kind == "Pooling" else {}
+        if kind == "Dense":
+            weights = {"linear.weight": torch.eye(size // 2, size) / 2, "linear.bias": torch.full((size // 2,), 0.1)}
+            settings = {"in_features": size, "out_features": size // 2, "activation_function": TANH}
+            if place == 2:
+                torch.save(weights, inside / "pytorch_model.bin")
+            else:
+                save_file(weights, inside / "model.safetensors")
+            size //= 2
+        (inside / "config.json").write_text(json.dumps(settings))
 
 
 def change(folder: Path, **values: Any) -> None:

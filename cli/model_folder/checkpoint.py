@@ -6,13 +6,19 @@ InputError, one line, for a folder that `deepseek import` cannot turn into a mod
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cli.model_folder.checkpoint_files import check_fetched, read_object, read_optional, whole_number
-from cli.model_folder.checkpoint_tokenizer import class_settings, tokenizer_files, tokenizer_settings, usual_inputs
+from cli.model_folder.checkpoint_modules import Module, Pooling, read_modules, read_pooling
+from cli.model_folder.checkpoint_tokenizer import (
+    class_settings,
+    tokenizer_files,
+    tokenizer_settings,
+    tokens_without_vector,
+    usual_inputs,
+)
 from deepseek.spec import InputError
 
 HEADS = {
@@ -36,6 +42,10 @@ class Kind:
     """type_vocab_size: 2 or more if the model tells the two texts of a pair apart."""
     position_types: bool = True
     """Whether transformers 4 reads position_embedding_type. Checkpoints of other types may have any value."""
+    model: str = "AutoModel"
+    """The class of transformers that loads an encoder."""
+    generates: bool = False
+    """Models that generate text have this type too, so only those with a pooling of sentence-transformers are taken."""
 
 
 KINDS = {
@@ -45,13 +55,20 @@ KINDS = {
     "deberta-v2": Kind(position_types=False),
     "distilbert": Kind(position_types=False),
     "electra": Kind(types=2),
+    "eurobert": Kind(padding=128001, position_types=False),
+    "gemma3_text": Kind(position_types=False, generates=True),
+    "gte": Kind(padding=1, position_types=False),
+    "mistral": Kind(position_types=False, generates=True),
     "modernbert": Kind(padding=50283, position_types=False),
     "mpnet": Kind(padding=1, after_padding=True, position_types=False),
+    "nomic_bert": Kind(types=2, position_types=False),
+    "qwen2": Kind(position_types=False, generates=True),
+    "qwen3": Kind(position_types=False, generates=True),
     "roberta": Kind(padding=1, after_padding=True, types=1),
+    "t5": Kind(position_types=False, model="T5EncoderModel", generates=True),
     "xlm-roberta": Kind(padding=1, after_padding=True, types=1),
 }
 """The model_types that are tested."""
-POOLINGS = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max"}
 SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -76,9 +93,9 @@ class Checkpoint:
     """Entries that sentence-transformers keeps, its truncate_dim; 0: all."""
     labels: tuple[str, ...]
     """Names of the logits, in order; of no use for an encoder."""
-    pooling: str
-    pooling_from: str
-    normalized: bool
+    pooling: Pooling
+    model: str
+    """The class of transformers that loads an encoder."""
     padding: int
     token_types: bool
     """Whether token_type_ids is an input: model and tokenizer have such types, and the task may have pairs of texts."""
@@ -88,6 +105,8 @@ class Checkpoint:
     """Limits of the length by the file that sets them."""
     files: tuple[str, ...]
     """Names of the files to copy, in `folder`."""
+    tokens_without_vector: tuple[str, ...]
+    """Added tokens whose ids are beyond the model's embeddings, such as that of an image."""
     lower_case: bool
     """Whether sentence-transformers lower-cases texts before the tokenizer."""
     prompts: dict[str, str]
@@ -111,34 +130,36 @@ class Checkpoint:
                 f"{folder}: {seen}; allowed: the folder of a checkpoint on this machine, with config.json and its "
                 "weights; the import downloads nothing"
             )
-        modules = _modules(folder)
-        inside = folder / modules.get("Transformer", "")
+        modules = read_modules(folder)
+        inside = modules[0].folder if modules else folder
         config = read_object(inside / "config.json", _why_no_config(inside))
-        kind = _kind(inside / "config.json", config)
-        task, pairs = _task(inside / "config.json", config, task)
+        kind = _kind(inside / "config.json", config, modules)
+        task, pairs = _task(inside / "config.json", config, task, kind)
         limits = _limits(inside, config, kind)
         prompts, default_prompt = _prompts(folder, task)
-        pooling, pooling_from = _pooling(folder, modules, bool(prompts))
         types = whole_number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
         path = inside / "tokenizer_config.json"
         tokenizer = tokenizer_settings(path)
-        width = whole_number(inside / "config.json", config, "dim" if "dim" in config else "hidden_size")
+        size = next((key for key in ("dim", "d_model") if key in config), "hidden_size")
+        pooling = read_pooling(
+            folder, modules, whole_number(inside / "config.json", config, size), with_prompts=bool(prompts)
+        )
         kept = whole_number(folder / SENTENCE_SETTINGS, read_optional(folder / SENTENCE_SETTINGS), "truncate_dim", 0)
         types &= "token_type_ids" in (tokenizer.get("model_input_names") or usual_inputs(tokenizer))
         return cls(
             folder=inside,
             task=task,
-            width=min(kept or width, width),
+            width=min(kept or pooling.width, pooling.width),
             kept=kept,
             labels=_labels(inside / "config.json", config),
             pooling=pooling,
-            pooling_from=pooling_from,
-            normalized="Normalize" in modules,
+            model=kind.model,
             padding=whole_number(inside / "config.json", config, "pad_token_id", kind.padding),
             token_types=types and pairs,
             longest=min(LONGEST, *limits.values()),
             limits=limits,
-            files=("config.json", *_weights(inside), *tokenizer_files(inside, config)),
+            files=("config.json", *_weights(inside), *tokenizer_files(inside)),
+            tokens_without_vector=tokens_without_vector(inside, config),
             lower_case=read_optional(inside / _sentence_config(inside)).get("do_lower_case") is True,
             prompts=prompts,
             default_prompt=default_prompt,
@@ -159,7 +180,7 @@ def _why_no_config(folder: Path) -> str:
     return "a checkpoint of transformers has one"
 
 
-def _kind(path: Path, config: dict[str, Any]) -> Kind:
+def _kind(path: Path, config: dict[str, Any], modules: list[Module]) -> Kind:
     """Raises InputError unless the checkpoint is a text encoder of a known type."""
     if "auto_map" in config:
         raise InputError(
@@ -173,11 +194,14 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
             "checkpoint that this one was made from"
         )
     name, decoder = config.get("model_type"), config.get("is_encoder_decoder") or config.get("is_decoder")
-    if not isinstance(name, str) or name not in KINDS or decoder:
-        seen = f"{name!r}{' as a decoder' if decoder and name in KINDS else ''}"
+    pooled = [name for name, kind in KINDS.items() if kind.generates]
+    if not isinstance(name, str) or name not in KINDS or (not modules[1:] if name in pooled else decoder):
+        missing = " without a pooling in modules.json" if name in pooled else " as a decoder" if name in KINDS else ""
         raise InputError(
-            f"{path}: model_type: seen {seen}; allowed: encoders of the types {', '.join(KINDS)}; a model that "
-            "generates text belongs to vLLM; for another encoder, write the folder with `deepseek new --from text`"
+            f"{path}: model_type: seen {name!r}{missing}; allowed: encoders of the types "
+            f"{', '.join(name for name in KINDS if name not in pooled)}, and with a pooling of sentence-transformers "
+            f"{', '.join(pooled)}; a model that generates text belongs to vLLM; for another encoder, write the folder "
+            "with `deepseek new --from text`"
         )
     kind, positions = KINDS[name], config.get("position_embedding_type", "absolute")
     if kind.position_types and positions != "absolute":
@@ -188,13 +212,15 @@ def _kind(path: Path, config: dict[str, Any]) -> Kind:
     return kind
 
 
-def _task(path: Path, config: dict[str, Any], wanted: str) -> tuple[str, bool]:
+def _task(path: Path, config: dict[str, Any], wanted: str, kind: Kind) -> tuple[str, bool]:
     """The task, and whether its texts may be pairs."""
     names = config.get("architectures") or ["none"]
     architecture = str(names[0] if isinstance(names, list) else names)
     head = next((head for head in HEADS.values() if head and architecture.endswith(head)), None)
     task = wanted
-    if wanted == "auto" and head == "ForSequenceClassification":
+    if kind.generates:
+        task, head = "encoder" if wanted == "auto" else wanted, None
+    elif wanted == "auto" and head == "ForSequenceClassification":
         pairs = len(_labels(path, config)) == 1 or _is_cross_encoder(path, config)
         task = "cross-encoder" if pairs else "classifier"
     elif wanted == "auto" and head:
@@ -248,29 +274,6 @@ def _sentence_config(folder: Path) -> str:
     return next((name for name in SENTENCE_CONFIGS if (folder / name).is_file()), SENTENCE_CONFIGS[0])
 
 
-def _modules(folder: Path) -> dict[str, str]:
-    """The modules of sentence-transformers: the folder of each by its kind; none for a plain checkpoint."""
-    path = folder / "modules.json"
-    if not path.is_file():
-        return {}
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        found = {_module(row["type"]): str(row.get("path", "")) for row in rows}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read ({error!r}); copy the checkpoint again") from None
-    if unknown := found.keys() - {"Transformer", "Pooling", "Normalize"}:
-        raise InputError(
-            f"{path}: seen the module {', '.join(sorted(unknown))}; allowed: Transformer, Pooling, Normalize; add it "
-            "to forward() of a folder that `deepseek new --from text` writes"
-        )
-    return found
-
-
-def _module(kind: str) -> str:
-    """Its name in sentence-transformers; the whole name of one that the checkpoint brings, such as custom.Pooling."""
-    return kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind
-
-
 def _prompts(folder: Path, task: str) -> tuple[dict[str, str], str | None]:
     """The prompts that sentence-transformers uses, and the name of the default."""
     path = folder / SENTENCE_SETTINGS
@@ -288,33 +291,6 @@ def _prompts(folder: Path, task: str) -> tuple[dict[str, str], str | None]:
             f"would differ; remove the key, and let callers begin each query with {prompts[default]!r:.80}"
         )
     return (prompts, default) if any(prompts.values()) else ({}, None)
-
-
-def _pooling(folder: Path, modules: dict[str, str], with_prompts: bool) -> tuple[str, str]:
-    """How an embedding is made of the tokens' vectors, and the file that says so ("" if none does)."""
-    if "Pooling" not in modules:
-        return "mean", ""
-    path = folder / modules["Pooling"] / "config.json"
-    settings = read_object(path, "modules.json names it")
-    mode = settings.get("pooling_mode")
-    modes = [mode] if isinstance(mode, str) else mode if isinstance(mode, list) else None
-    if modes is None:
-        modes = [
-            key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
-        ]
-    names = [POOLINGS.get(each, each) for each in modes]
-    if len(names) != 1 or names[0] not in POOLINGS.values():
-        seen = ", ".join(map(str, names)) or "none"
-        raise InputError(
-            f"{path}: seen the pooling {seen}; allowed: one of mean, cls, max; write it in forward() of a folder that "
-            "`deepseek new --from text` writes"
-        )
-    if with_prompts and settings.get("include_prompt") is False and names[0] != "cls":
-        raise InputError(
-            f"{path}: include_prompt: seen false; the import pools over all tokens, those of prompts too; remove the "
-            "prompts from config_sentence_transformers.json to import it without them"
-        )
-    return names[0], path.name if path.parent == folder else f"{path.parent.name}/{path.name}"
 
 
 def _weights(folder: Path) -> tuple[str, ...]:

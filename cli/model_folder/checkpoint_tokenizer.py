@@ -62,19 +62,30 @@ def class_settings(path: Path, tokenizer: dict[str, Any], model_type: str) -> di
     return found
 
 
-def tokenizer_files(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the tokenizer's files; raises InputError for a tokenizer.json that cannot be read or has other ids."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        check_fetched(path)
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no narrower one
-            raise InputError(f"{path}: not a tokenizer ({error}); copy the checkpoint again") from None
-        largest = max([*tokenizer.get_vocab().values(), (tokenizer.padding or {}).get("pad_id", 0)])
-        if largest >= (size := whole_number(folder / "config.json", config, "vocab_size", largest + 1)):
-            raise InputError(
-                f"{path}: the largest id is {largest}, but vocab_size in config.json is {size}, so the model has no "
-                "embedding for it; call resize_token_embeddings(len(tokenizer)) in transformers, and save both again"
-            )
+def tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """Names of the tokenizer's files."""
     return tuple(name for name in TOKENIZER if (folder / name).is_file())
+
+
+def tokens_without_vector(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """Added tokens that the model has no embedding for.
+
+    Raises InputError for a tokenizer.json that cannot be read, or has other such ids.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return ()
+    check_fetched(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no narrower one
+        raise InputError(f"{path}: not a tokenizer ({error}); copy the checkpoint again") from None
+    added = tokenizer.get_added_tokens_decoder()
+    used = [*tokenizer.encode("").ids, (tokenizer.padding or {}).get("pad_id", 0)]
+    largest = max([*tokenizer.get_vocab(with_added_tokens=False).values(), *used])
+    if largest >= (size := whole_number(folder / "config.json", config, "vocab_size", largest + 1)):
+        raise InputError(
+            f"{path}: the largest id is {largest}, but vocab_size in config.json is {size}, so the model has no "
+            "embedding for it; call resize_token_embeddings(len(tokenizer)) in transformers, and save both again"
+        )
+    return tuple(token.content for number, token in sorted(added.items()) if number >= size)

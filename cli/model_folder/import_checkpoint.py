@@ -59,8 +59,9 @@ def _write_code(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     source = TEMPLATES / "checkpoint"
     settings = {
         "encoder.py": {
-            'POOLING = "mean"': f'POOLING = "{checkpoint.pooling}"',
-            "NORMALIZED = False": f"NORMALIZED = {checkpoint.normalized}",
+            "AutoModel": checkpoint.model,
+            'POOLING = "mean"': f'POOLING = "{checkpoint.pooling.name}"',
+            "LAYERS: list[str] = []": f"LAYERS: list[str] = {json.dumps(list(checkpoint.pooling.layers))}",
             "SIZE = None": f"SIZE = {checkpoint.kept or None}",
         },
         "classifier.py": {"ForSequenceClassification": HEADS[checkpoint.task] or "ForSequenceClassification"},
@@ -121,7 +122,8 @@ def _toml(text: str) -> str:
 
 def _output(checkpoint: Checkpoint) -> str:
     if checkpoint.task == "encoder":
-        comment = f"{checkpoint.pooling} of the vectors of the tokens{', of length 1' if checkpoint.normalized else ''}"
+        layers = [name.partition("_")[2] for name in checkpoint.pooling.layers]
+        comment = ", ".join([f"{checkpoint.pooling.name} of the vectors of the tokens", *layers])
         comment += ", cut to truncate_dim" if checkpoint.kept else ""
         return f'[outputs.embedding]         # {comment}\ndtype = "float32"\nshape = ["batch", {checkpoint.width}]'
     count = len(checkpoint.labels)
@@ -137,18 +139,25 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> int:
     folder.mkdir()
     for name in checkpoint.files:
         shutil.copyfile(checkpoint.folder / name, folder / name)
+    if checkpoint.task == "encoder":
+        for name, paths in checkpoint.pooling.layers.items():
+            for path in paths:
+                (folder / name).mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name / path.name)
     if checkpoint.has_tokenizer:
         _adjust(folder / "tokenizer.json", checkpoint)
-    return sum(path.stat().st_size for path in folder.iterdir())
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _adjust(path: Path, checkpoint: Checkpoint) -> None:
     """Lower-cases as sentence-transformers does; normalizes and cuts long texts as transformers does.
 
-    Pads on the right: positions then do not depend on the batch.
+    Pads on the right: positions then do not depend on the batch. Leaves out tokens that the model has no embedding for.
     """
     settings = json.loads(path.read_text(encoding="utf-8"))
     before = json.dumps(settings)
+    added = settings.get("added_tokens") or []
+    settings["added_tokens"] = [token for token in added if token["content"] not in checkpoint.tokens_without_vector]
     for step in filter(None, (settings.get("normalizer"), settings.get("pre_tokenizer"))):
         step |= checkpoint.class_settings.get(step["type"], {})
     if checkpoint.lower_case:
@@ -166,10 +175,11 @@ def _adjust(path: Path, checkpoint: Checkpoint) -> None:
 
 def _report(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, size: int) -> None:
     print(f"task      {checkpoint.task}; texts of up to {checkpoint.longest} tokens")
-    if checkpoint.task == "encoder" and not checkpoint.pooling_from:
-        print(
-            f"note      no file names the pooling: {checkpoint.pooling} is used; set POOLING in model.py to change it"
-        )
+    if checkpoint.task == "encoder" and not checkpoint.pooling.named_in:
+        used = checkpoint.pooling.name
+        print(f"note      no file names the pooling: {used} is used; set POOLING in model.py to change it")
+    if tokens := checkpoint.tokens_without_vector:
+        print(f"note      tokens that the model has no embedding for are text here: {', '.join(tokens)}")
     if not checkpoint.has_tokenizer:
         print(
             "note      no tokenizer.json: the samples are random ids, and int8 is left out; if "
