@@ -80,7 +80,7 @@ def as_adapter(folder: Path) -> None:
 
 
 def prompt_apart(folder: Path) -> None:
-    write_modules(folder, MEAN | {"include_prompt": False})
+    write_modules(folder, {"pooling_mode": "cls", "include_prompt": False})
     (folder / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find "}}')
 
 

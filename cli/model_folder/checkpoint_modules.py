@@ -92,7 +92,7 @@ def _pooling(folder: Path, path: Path, with_prompts: bool) -> tuple[str, str]:
         )
     if with_prompts and settings.get("include_prompt") is False and names[0] != "lasttoken":
         raise InputError(
-            f"{path}: include_prompt: seen false; the import pools over all tokens, those of prompts too; remove the "
+            f"{path}: include_prompt: seen false; the import pools over the tokens of prompts too; remove the "
             "prompts from config_sentence_transformers.json to import it without them"
         )
     return names[0], path.name if path.parent == folder else f"{path.parent.name}/{path.name}"
