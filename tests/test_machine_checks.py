@@ -221,6 +221,28 @@ def test_an_engine_of_onnxruntime_needs_its_provider_memory_and_the_measured_cpu
     check(repository, machine, mismatch, warning)
 
 
+CUDA = host(onnxruntime=("CUDAExecutionProvider", "CPUExecutionProvider"), docker=None)  # make serve needs no Docker
+
+
+@pytest.mark.parametrize(
+    ("machine", "mismatch", "warning"),
+    [
+        (CUDA, "", ""),
+        (replace(CUDA, gpus=()), "image/1: needs a GPU, but nvidia-smi shows none; give it a GPU", ""),
+        (replace(CUDA, gpus=SMALL), TOO_SMALL + " 4.00 MiB", ""),  # 2 instances, each with its own weights
+        (replace(CUDA, gpus=gpu(driver="535.183.01")), "", "driver: NVIDIA H100 80GB HBM3: 535.183.01 is older"),
+        (replace(CUDA, ram_bytes=1 << 10), "", ""),
+    ],
+)
+def test_an_engine_of_onnxruntime_on_cuda_needs_a_gpu_its_driver_and_memory(
+    repository: Path, machine: Machine, mismatch: str, warning: str
+) -> None:
+    edit_manifest(repository, **TWO_MIB)
+    edit_config(repository, r'string_value: "cpu"', 'string_value: "cuda"')
+    edit_config(repository, "KIND_CPU", "KIND_GPU")
+    check(repository, machine, mismatch, warning)
+
+
 @pytest.mark.parametrize(("cpu", "warned"), [(replace(EPYC, model="Xeon"), True), (replace(EPYC, cores=8), False)])
 def test_int8_of_another_kind_of_cpu_may_be_less_accurate(repository: Path, cpu: Cpu, warned: bool) -> None:
     edit_manifest(repository, batching=PLAN | {"measured": MEASURED.model_dump(mode="json") | {"precision": "int8"}})

@@ -143,6 +143,12 @@ def test_tritons_own_onnx_runtime_backend_takes_the_same_options(
     found = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [accelerator.name for accelerator in found] == accelerators
     assert all(accelerator.parameters == spec.provider_options for accelerator in found)
+    names = ("gpu_mem_limit", "cudnn_conv_algo_search", "arena_extend_strategy", "do_copy_in_default_stream")
+    if provider == "cuda":  # Triton's backend ignores these among the accelerator's
+        options = dict(zip(names, (4 << 30, "HEURISTIC", "kSameAsRequested", False), strict=True))
+        spec = changed(TEXT, onnxruntime={"backend": "onnxruntime", "provider": provider, "options": options})
+        found_in = config_of(spec).parameters
+        assert [found_in[name].string_value for name in names] == ["4294967296", "1", "1", "0"]
     if provider == "auto":
         publish_version(spec, "fp32", "onnxruntime", tmp_path)
         assert not list((tmp_path / "text" / "1").glob("*.py"))

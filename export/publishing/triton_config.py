@@ -30,6 +30,16 @@ from deepseek.vocabulary import Vocabulary
 from export.rows import Row
 
 
+# Options of the CUDA provider that Triton's ONNX Runtime backend sets to its defaults unless they are parameters of the
+# model, with these numbers for names (LoadModel in its onnxruntime.cc).
+MODEL_PARAMETERS: Mapping[str, Mapping[str, str]] = {
+    "cudnn_conv_algo_search": {"EXHAUSTIVE": "0", "HEURISTIC": "1", "DEFAULT": "2"},
+    "gpu_mem_limit": {},
+    "arena_extend_strategy": {"kNextPowerOfTwo": "0", "kSameAsRequested": "1"},
+    "do_copy_in_default_stream": {},
+}
+
+
 def model_config(
     spec: DeploymentSpec,
     precision: Precision,
@@ -287,6 +297,10 @@ def _set_own_onnxruntime(config: ModelConfig, group: ModelInstanceGroup, spec: D
     else:
         accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
         accelerators.add(name=provider, parameters=spec.provider_options)
+        if provider == "cuda":
+            for name in MODEL_PARAMETERS.keys() & spec.provider_options.keys():
+                value = spec.provider_options[name]
+                config.parameters[name].string_value = MODEL_PARAMETERS[name].get(value, value)
     if spec.batching.threads:
         config.parameters["intra_op_thread_count"].string_value = str(spec.batching.threads)
 

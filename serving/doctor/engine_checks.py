@@ -15,6 +15,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from deepseek.spec import TEXT, TOKENIZER, PublishedManifest
 from deepseek.spec.machine.gpus import Gpu, runs_engine
 from deepseek.spec.vocabulary import CATALOGUE, VOCABULARY
+from deepseek.targets import TARGETS
 from serving.doctor.machine import Machine
 from serving.repository.checks import Finding, mismatch
 
@@ -44,6 +45,12 @@ class ServedEngine:
         own = self.config.backend == "python" or (self.manifest.target == "tensorrt" and varies)
         return self.manifest.size_bytes * (copies if own else 1)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether Triton loads it only on an NVIDIA GPU, as TensorRT and ONNX Runtime's CUDA provider need it."""
+        groups = self.config.instance_group
+        return TARGETS[self.manifest.target].needs_gpu or any(group.kind == group.KIND_GPU for group in groups)
+
     def loads_on(self, number: int, gpu: Gpu) -> bool:
         """Whether Triton loads it on a GPU, and it runs there."""
         named = self.config.instance_group[0].gpus if self.config.instance_group else ()
@@ -53,7 +60,7 @@ class ServedEngine:
 
 def check_engine(engine: ServedEngine, machine: Machine) -> list[Finding]:
     """Findings that keep an engine from running on the machine; empty if it runs."""
-    checks = (*_TARGET_CHECKS.get(engine.manifest.target, ()), _check_strings)
+    checks = (_check_chip, *_TARGET_CHECKS.get(engine.manifest.target, ()), _check_strings)
     return [finding for check in checks for finding in check(engine, machine)]
 
 
@@ -64,6 +71,8 @@ def _rebuild(engine: ServedEngine) -> str:
 def _check_chip(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
     where, manifest = engine.where, engine.manifest
     built = manifest.compute_capability
+    if not engine.on_gpu:
+        return
     if not machine.gpus:
         what = f"needs a GPU{f' of compute capability {built}' if built else ''}, but nvidia-smi shows none"
         yield mismatch(where, what, "give it a GPU (docker run --gpus all), or make engine TARGET=onnxruntime")
@@ -157,4 +166,4 @@ def _check_batches(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
         yield Finding(level="warning", where=engine.where, what=what, fix=fix)
 
 
-_TARGET_CHECKS = {"tensorrt": (_check_chip, _check_release), "onnxruntime": (_check_onnxruntime, _check_batches)}
+_TARGET_CHECKS = {"tensorrt": (_check_release,), "onnxruntime": (_check_onnxruntime, _check_batches)}

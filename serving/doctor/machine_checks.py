@@ -18,15 +18,16 @@ CUDA_13_TAG, CUDA_13_DRIVER = (25, 8), 580  # 25.08 is the first with CUDA 13, 5
 
 def machine_findings(machine: Machine, engines: list[ServedEngine]) -> list[Finding]:
     """Findings about the machine, given all engines that it has to serve."""
-    on_gpu = [engine for engine in engines if TARGETS[engine.manifest.target].needs_gpu]
-    on_cpu = [engine for engine in engines if not TARGETS[engine.manifest.target].needs_gpu]
+    on_gpu = [engine for engine in engines if engine.on_gpu]
+    on_cpu = [engine for engine in engines if not engine.on_gpu]
+    embedded = [engine for engine in engines if not TARGETS[engine.manifest.target].needs_gpu]
     return [
         *_check_tag(machine),
         *(_check_driver(machine) if on_gpu else ()),
         *_check_gpu_memory(machine, on_gpu),
         *_check_memory("RAM", "this machine", machine.ram_bytes, on_cpu),
-        *(_check_embedded(machine) if on_cpu and machine.no_embedded else ()),
-        *(_check_docker(machine) if on_gpu and not machine.in_container else ()),
+        *(_check_embedded(machine) if embedded and machine.no_embedded else ()),
+        *(_check_docker(machine) if len(embedded) < len(engines) and not machine.in_container else ()),
     ]
 
 
