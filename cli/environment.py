@@ -67,6 +67,7 @@ def main(words: list[str] | None = None) -> int:
         if unknown:
             raise SetUpError(f"seen {unknown[0]!r}; a need is one of {', '.join(NEEDS)}")
         set_up(given.venv.expanduser(), given.need)
+        note_gpu(given.venv.expanduser())
     except SetUpError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -185,8 +186,9 @@ def remove_partial(venv: Path) -> None:
 
 def set_up_packages(venv: Path, needs: list[str]) -> None:
     """Installs this repository's packages, editable, and those of the needs."""
-    gpu = has_gpu()
     make_environment(venv)
+    made_for_gpu = is_for_gpu(venv)
+    gpu = has_gpu() if made_for_gpu is None else made_for_gpu
     say("setup", f"{venv} with {version_of(venv)}, for a {'gpu' if gpu else 'cpu'} machine: {', '.join(needs)}")
     if not gpu:
         install_cpu_torch(venv)
@@ -247,6 +249,24 @@ def has_gpu() -> bool:
     if not shutil.which("nvidia-smi"):
         return False
     return "GPU" in subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, text=True).stdout
+
+
+def is_for_gpu(venv: Path) -> bool | None:
+    """Whether the environment has ONNX Runtime for GPUs; None if it has none yet. Two builds overwrite each other."""
+    for package, gpu in (("onnxruntime_gpu", True), ("onnxruntime", False)):
+        if any(venv.glob(f"lib/python*/site-packages/{package}-*.dist-info")):
+            return gpu
+    return None
+
+
+def note_gpu(venv: Path, devices: Path = Path("/dev")) -> None:
+    """Says how to use a GPU that was not visible when the environment was made."""
+    if is_for_gpu(venv) is False and any(devices.glob("nvidia[0-9]*")):
+        print(
+            f"note: {venv} was made without a GPU: its PyTorch and ONNX Runtime use the CPU; to use the GPU: "
+            f"rm -r {venv}, then make setup",
+            file=sys.stderr,
+        )
 
 
 def has_system() -> bool:

@@ -49,7 +49,10 @@ def missing_for_container() -> list[str]:
     if why:
         missing.append(why)
     elif not _NVIDIA_IN_DOCKER.search(information):
-        missing.append("the NVIDIA runtime of Docker (docker info names none; install nvidia-container-toolkit)")
+        missing.append(
+            "the NVIDIA runtime of Docker (docker info names none; install nvidia-container-toolkit, run "
+            "sudo nvidia-ctk runtime configure --runtime=docker, and restart Docker)"
+        )
     return missing
 
 

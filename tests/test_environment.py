@@ -77,6 +77,29 @@ def test_with_a_gpu_torch_is_the_cuda_build(
     assert installed[0][1].endswith("[train,export,loadtest,gateway,openai,gpu,rtx]")
 
 
+def test_an_environment_stays_for_the_cpu_and_a_note_says_so(
+    tmp_path: Path,
+    installed: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    packages, devices = tmp_path / "venv" / "lib" / "python3.12" / "site-packages", tmp_path / "dev"
+    (packages / "onnxruntime-1.32.0.dist-info").mkdir(parents=True)
+    devices.mkdir()
+    environment.note_gpu(tmp_path / "venv", devices)
+    (devices / "nvidia0").touch()
+    assert capsys.readouterr().err == ""
+    environment.note_gpu(tmp_path / "venv", devices)
+    assert f"note: {tmp_path}/venv was made without a GPU" in capsys.readouterr().err
+    monkeypatch.setattr(environment, "has_gpu", lambda: True)
+    set_up(tmp_path / "venv", ["rtx"])  # the other build of ONNX Runtime would overwrite parts of this one
+    assert installed[0][1].endswith("gateway,openai,cpu,rtx]")
+    (packages / "onnxruntime_gpu-1.31.1.dist-info").mkdir()
+    capsys.readouterr()
+    environment.note_gpu(tmp_path / "venv", devices)
+    assert capsys.readouterr().err == ""
+
+
 def test_without_a_gpu_torch_comes_from_the_index_of_cpu_builds(
     tmp_path: Path,
     installed: list[tuple[str, ...]],

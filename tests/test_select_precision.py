@@ -103,7 +103,7 @@ def table(capsys: pytest.CaptureFixture[str], own: dict[str, Any], **changed: An
         **own,
     }
     fixed = {"model": "m", "target": "onnxruntime", "rows": 64, "max_drop": 0.02, "chosen": "int8", "metric": "ndcg"}
-    rest = {"warning": "", "refused": {}, "sensitivity": {}, "int8_dot_products": True}
+    rest = {"warning": "", "refused": {}, "sensitivity": {}, "int8_dot_products": True, "provider": "cpu"}
     pytorch = {"metrics": {"ndcg": 0.5}, "rows_per_s": 100}
     variants = {name: {**own, "reason": f"{name} it is"} for name in ("fp32", "int8")}
     show({**fixed, **rest, "pytorch": pytorch, "variants": variants, **changed})
@@ -122,6 +122,9 @@ def test_the_table_has_a_row_per_precision_with_the_reason(capsys: pytest.Captur
     for line in (slow, "warning: too few", "int8 int8 it is", "fp8 could not be made: no", "fc1 Gemm 90.0% fp16"):
         assert line in said
     assert {"PyTorch fp32 0.5000 2.00x", "int8 0.4000 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB"} <= {*said}
+    on_cuda = "int8: ONNX Runtime multiplies in fp32 on CUDA, which gains no speed; TARGET=tensorrt does"
+    assert on_cuda not in said
+    assert on_cuda in table(capsys, own, provider="cuda", int8_dot_products=None)
     said = table(capsys, own, metric="similarity")
     assert {"PyTorch fp32 1 2.00x", "int8 0.9900 +1.00% 0.25 0.50000 75.0% 2.00x 2.0 KiB"} <= {*said}
     assert not [line for line in said if "warning" in line or "one number" in line or line == slow]

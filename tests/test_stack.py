@@ -25,7 +25,7 @@ from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack import stack
 from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
-from serving.stack.server_sizes import server_sizes
+from serving.stack.server_sizes import SHM_MIB, server_sizes
 from serving.stack.write_env_file import OWN
 from tests.add_one import TAKES_TEXTS, write_add_one, write_for_gpu
 from tests.failing_servers import sign_itself
@@ -204,6 +204,13 @@ def test_a_stop_waits_for_the_openai_routes_and_then_for_the_slowest_model_of_tr
     assert (size.stop_s, size.answer_s) == (65 + 30 + 10, 65)  # a list may take 60 s, and 5 s to be sent
     slow = server_sizes([TEXT, replace(TEXT, p99_ms=6000, queue_timeout_ms=5000)])
     assert (slow.exit_timeout_s, slow.stop_s, slow.answer_s) == (65, 75, 65)
+
+
+def test_each_gpu_has_all_instances_of_a_model_that_needs_one() -> None:
+    one, two = (server_sizes([replace(TEXT, needs_gpu=True)], gpus) for gpus in (1, 2))
+    assert two.shm_mib - SHM_MIB == pytest.approx(2 * (one.shm_mib - SHM_MIB), abs=1)
+    assert (two.base_mib, two.weights_mib) == (one.base_mib, pytest.approx(2 * one.weights_mib, abs=1))
+    assert server_sizes([TEXT], 2) == server_sizes([TEXT])
 
 
 def test_a_release_rewrites_the_files_of_a_running_stack_for_its_own_repository_only(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from deepseek.precisions import EIGHT_BITS
 from deepseek.spec.paired_drop import interval_text
 from export.artifact import human_bytes
 from export.precision.sensitivity import shares_table, verdict
@@ -79,6 +80,8 @@ def _about_variants(result: dict[str, Any]) -> Iterator[str]:
     if result["int8_dot_products"] is False and (int8 := variants.get("int8")):
         gain = f"{int8['speedup']:.2f} times fp32"
         yield f"int8      gains less on this CPU ({gain}): it has no 8-bit dot products (VNNI, AMX)"
+    if result["provider"] == "cuda" and (names := [name for name in variants if name in EIGHT_BITS]):
+        yield f"{', '.join(names)}: ONNX Runtime multiplies in fp32 on CUDA, which gains no speed; TARGET=tensorrt does"
     if copies := [f"{name} {each['copies_ms']:.3f} ms" for name, each in variants.items() if "copies_ms" in each]:
         yield f"copies to and from the GPU, not part of the speed: {', '.join(copies)}"
         yield f"GPU clocks: {result['clocks']['before']}; after timing: {result['clocks']['after']}"

@@ -29,7 +29,6 @@ from deepseek.targets import TARGETS, is_accelerator, is_nvidia
 from deepseek.vocabulary import Vocabulary
 from export.rows import Row
 
-
 # Options of the CUDA provider that Triton's ONNX Runtime backend sets to its defaults unless they are parameters of the
 # model, with these numbers for names (LoadModel in its onnxruntime.cc).
 MODEL_PARAMETERS: Mapping[str, Mapping[str, str]] = {

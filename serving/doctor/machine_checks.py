@@ -77,7 +77,8 @@ def _check_docker(machine: Machine) -> Iterator[Finding]:
         yield mismatch("Docker", "no Docker engine answers; Triton's TensorRT backend needs its image", "start Docker")
     elif "nvidia" not in machine.docker:
         what = f"has only the runtimes {', '.join(machine.docker)}, so containers see no GPU"
-        yield mismatch("Docker", what, "install nvidia-container-toolkit and run nvidia-ctk runtime configure")
+        fix = "install nvidia-container-toolkit, run nvidia-ctk runtime configure --runtime=docker, and restart Docker"
+        yield mismatch("Docker", what, fix)
 
 
 def mib(value_bytes: float) -> str:

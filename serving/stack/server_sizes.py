@@ -45,10 +45,12 @@ class ServerSizes:
         return max(self.openai_drain_s, self.exit_timeout_s)
 
 
-def server_sizes(models: list[ServedModel]) -> ServerSizes:
-    shm = SHM_MIB * MIB + sum(model.shm_bytes for model in models)
-    weights = sum(model.weights_bytes * model.instances for model in models)
-    work = sum(32 * model.instances * (model.input_bytes + model.output_bytes) for model in models)
+def server_sizes(models: list[ServedModel], gpus: int = 1) -> ServerSizes:
+    """`gpus`: on how many GPUs Triton loads each model that needs one, with all its instances."""
+    loaded = [(model, gpus if model.needs_gpu else 1) for model in models]
+    shm = SHM_MIB * MIB + sum(times * model.shm_bytes for model, times in loaded)
+    weights = sum(times * model.weights_bytes * model.instances for model, times in loaded)
+    work = sum(32 * times * model.instances * (model.input_bytes + model.output_bytes) for model, times in loaded)
     openai_mib = OPENAI_MIB if has_openai_routes(models) else 0
     on_gpu = any(model.needs_gpu for model in models)
     base = GPU_MEMORY if on_gpu else CPU_MEMORY

@@ -11,6 +11,7 @@ from pathlib import Path
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.image_tag import image_tag
 from deepseek.spec.files.read_env_file import CPU_FILES, GPU_FILES
+from deepseek.spec.machine.gpus import gpus
 from serving.repository.served_models import MIB, ServedModel
 from serving.stack.certificate import STAND_IN, name_of, owner
 from serving.stack.gateway_folder import observe_folder, results_folder
@@ -27,9 +28,11 @@ def environment(models: list[ServedModel], options: argparse.Namespace) -> str:
     """The env file's content for the options of `deepseek stack`, down to the line above the user's settings."""
     folder = options.folder
     on_gpu = [model.name for model in models if model.needs_gpu]
-    size, gateway = server_sizes(models), gateway_sizes(models)
+    gpu_count = max(1, len(gpus())) if on_gpu else 1
+    size, gateway = server_sizes(models, gpu_count), gateway_sizes(models)
     user, group = owner(folder)
     regions = ", ".join(f"{model.name} {model.shm_bytes / MIB:.0f} MiB" for model in models)
+    on_each = f", on each of {gpu_count} GPUs" if gpu_count > 1 else ""
     why = f"{', '.join(on_gpu)} need a GPU" if on_gpu else "no model needs a GPU"
     files = GPU_FILES if on_gpu else CPU_FILES
     files += OPENAI_FILE if on_gpu and size.openai_mib else ""
@@ -66,7 +69,7 @@ STACK_RESULTS='{results_folder(folder).resolve()}'
 STACK_OBSERVE='{observe_folder(folder).resolve()}'
 # Owner of the gateway's folder; {STAND_IN} if root made it, since containers do not run as root.
 STACK_USER={user}:{group}
-# {SHM_MIB} MiB + per instance 1 MiB and twice the largest batch with its answer ({regions})
+# {SHM_MIB} MiB + per instance 1 MiB and twice the largest batch with its answer ({regions}){on_each}
 SHM_SIZE={size.shm_mib}m
 # {size.base_mib} MiB for the server + 4 x the weights of all instances ({size.weights_mib} MiB)
 # + 32 x their largest batches ({size.work_mib} MiB){beside} + shared memory
