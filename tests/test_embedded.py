@@ -360,6 +360,8 @@ def test_a_polling_server_follows_a_model_that_comes_and_goes(tmp_path: Path, po
         assert client.is_model_ready("add_one")
         with pytest.raises(triton.InferenceServerException, match="restricted"):
             client.unload_model("add_one")
+        with pytest.raises(triton.InferenceServerException, match="restricted"):
+            client.update_log_settings({"log_error": False})
 
 
 def test_triton_serves_the_old_version_until_the_new_ones_configuration_is_there(

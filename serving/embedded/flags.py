@@ -20,7 +20,8 @@ from deepseek.spec.text import LIST_TIMEOUT_S
 from serving.repository.checks import engines_behind, served_manifests
 
 ADMIN_HEADER = "triton-admin-key"  # over gRPC Triton adds the prefix triton-grpc-protocol-
-CONTROL = ("model-repository",)
+# Without a gateway, what only this project or nobody uses: a web page in a browser on this machine reaches all others.
+CONTROL = ("model-repository", "logging")
 # Triton's names of the APIs that callers do not need. Statistics stay open: load tests on the gateway's machine read
 # them, and the gateway refuses them to all others.
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
