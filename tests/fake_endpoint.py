@@ -106,7 +106,7 @@ class Endpoint:
         """The part of Triton's statistics that perf_analyzer needs: all models together, without times."""
         count = len(self.received_s)
         counts = {"name": self.model, "version": "1", "inference_count": count, "execution_count": count}
-        parts = ("fail", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+        parts = ("fail", "compute_input", "compute_infer", "compute_output")
         zero: dict[str, dict[str, int]] = {part: {"count": 0, "ns": 0} for part in parts}
         asked = {part: {"count": count, "ns": 0} for part in ("success", "queue")}  # perf_analyzer needs both
         return {"model_stats": [{**counts, "inference_stats": {**zero, **asked}}]}

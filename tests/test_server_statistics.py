@@ -42,15 +42,6 @@ def test_a_late_send_is_named_if_it_matters() -> None:
     assert "planned" not in split_of(STATISTICS, service_ms=10.0, intended_ms=10.2).account
 
 
-def test_answers_from_the_cache_are_part_of_the_mean() -> None:
-    cached: dict[str, Any] = {**STATISTICS, "cache_hit": {"count": 500, "ns": 250_000_000}}
-    cached["compute_infer"] = {"count": 500, "ns": 3_000_000_000}
-    split = split_of(cached, service_ms=10.0)
-    assert split.parts["compute_infer"] == pytest.approx(3.0)  # over all requests, not only the computed ones
-    assert split.parts["cache"] == pytest.approx(0.25)
-    assert "0.25 ms in the cache" in split.account
-
-
 @pytest.mark.parametrize(
     ("statistics", "service_ms"),
     [({}, 10.0), ({**STATISTICS, "success": {"count": 0, "ns": 0}}, 10.0), (STATISTICS, float("nan"))],

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from deepseek_client import InferenceClient, InferenceError
 
-DURATIONS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+DURATIONS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
 Statistics = dict[str, Counter[str]]  # version -> flat counters
 
 

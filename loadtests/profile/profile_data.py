@@ -26,12 +26,10 @@ BEGINS = {
     "HTTP_RECV_END": "request decoded",
     "GRPC_WAITREAD_END": "request decoded",
     "QUEUE_START": "queue",
-    "CACHE_HIT_LOOKUP_START": "cache look-up",
     "COMPUTE_START": "compute input",
     "COMPUTE_INPUT_END": "infer",
     "COMPUTE_OUTPUT_START": "compute output",
     "COMPUTE_END": "answer",
-    "CACHE_HIT_LOOKUP_END": "answer",
     "HTTP_SEND_START": "back to the client",
     "GRPC_SEND_START": "back to the client",
 }

@@ -22,7 +22,6 @@ MEANINGS = {
     "to the server": "client sends, network, Triton receives",
     "request decoded": "Triton: HTTP or gRPC to tensors",
     "queue": "waiting for a batch and a free instance",
-    "cache look-up": "in Triton's response cache",
     "compute input": "tensors handed to the backend",
     "infer": "backend, the graph within it",
     "compute output": "outputs taken from the backend",

@@ -21,7 +21,6 @@ PARTS = {
     "compute_input": "preparing inputs",
     "compute_infer": "the model",
     "compute_output": "preparing outputs",
-    "cache": "Triton's response cache",
     "rest": "client, network and the rest",
 }
 UNKNOWN = "<p>Not available: the server did not answer, was restarted, or does not show Triton's statistics here.</p>"
@@ -55,16 +54,12 @@ def _batches(run: Run) -> list[tuple[str, object]]:
     executions = max(1, statistics["execution_count"])
     batches = sorted((int(size), times / executions) for size, times in statistics["batches"].items())
     common = ", ".join([f"{size} ({share:.0%})" for size, share in batches if share >= 0.005][:8])
-    found: list[tuple[str, object]] = [
+    return [
         ("mean batch", f"{mean_batch(statistics):.2f}"),
         ("batch sizes", common or "-"),
         ("executions", f"{statistics['execution_count']:,} for {statistics['success']['count']:,} requests"),
         ("failures counted by Triton", f"{statistics['fail']['count']:,}"),
     ]
-    hits, misses = (statistics.get(name, {}).get("count", 0) for name in ("cache_hit", "cache_miss"))
-    if hits + misses:
-        found.append(("cache hits", f"{hits:,} of {hits + misses:,} ({hits / (hits + misses):.0%})"))
-    return found
 
 
 def servers(runs: Sequence[Run]) -> str:
@@ -79,10 +74,9 @@ def servers(runs: Sequence[Run]) -> str:
         for name, split in splits
         if split
     )
-    keys = dict.fromkeys(css for _, split in splits if split for css, _ in _rows(split))
-    legend = "".join(f"<span><i class='swatch {css}'></i>{PARTS[css]}</span>" for css in keys)
+    legend = "".join(f"<span><i class='swatch {css}'></i>{part}</span>" for css, part in PARTS.items())
     head = ["", *(name for name, split in splits if split)]
-    table = [(PARTS[css], *(ms(dict(_rows(split)).get(css, 0.0)) for _, split in splits if split)) for css in keys]
+    table = [(part, *(ms(dict(_rows(split))[css]) for _, split in splits if split)) for css, part in PARTS.items()]
     told = "".join(f"<p><b>{escape(name)}.</b> {sentence(split.account)}</p>" for name, split in splits if split)
     return f"<div class='legend'>{legend}</div>{bars}{numbers(head, table)}{told}"
 

@@ -31,7 +31,7 @@ class TimeSplit:
     """Where a mean request spent its time, in milliseconds."""
 
     parts: dict[str, float]
-    """The parts of SPLIT, and `cache` if Triton's response cache answered requests."""
+    """The parts of SPLIT."""
     outside: float
     """The rest of the client's latency: client, network, HTTP or gRPC."""
     late: float = 0.0
@@ -43,10 +43,7 @@ class TimeSplit:
         count = (statistics or {}).get("success", {}).get("count", 0)
         if not count or not math.isfinite(service_ms):
             return None
-        # Totals over all requests: requests that the cache answered have no compute time.
         parts = {name: statistics[name]["ns"] / count / 1e6 for name in SPLIT}
-        if statistics.get("cache_hit", {}).get("count"):
-            parts["cache"] = statistics["cache_hit"]["ns"] / count / 1e6
         late = intended_ms - service_ms if math.isfinite(intended_ms) else 0.0
         return cls(parts=parts, outside=max(0.0, service_ms - sum(parts.values())), late=max(0.0, late))
 
@@ -62,11 +59,12 @@ class TimeSplit:
 
     @property
     def named(self) -> dict[str, float]:
-        parts = {"in the model": self.parts["compute_infer"], "in Triton's queue": self.parts["queue"]}
-        parts["handing tensors over"] = self.parts["compute_input"] + self.parts["compute_output"]
-        if "cache" in self.parts:
-            parts["in the cache"] = self.parts["cache"]
-        return {**parts, "in client, network and Triton's front end": self.outside}
+        return {
+            "in the model": self.parts["compute_infer"],
+            "in Triton's queue": self.parts["queue"],
+            "handing tensors over": self.parts["compute_input"] + self.parts["compute_output"],
+            "in client, network and Triton's front end": self.outside,
+        }
 
     @property
     def account(self) -> str:
@@ -86,6 +84,5 @@ SHORTENED = {
     "in the model": "a lower precision, pruning or more threads shorten it (make tune)",
     "in Triton's queue": "a lower rate, more instances or larger batches shorten it (make tune, make capacity)",
     "handing tensors over": "smaller outputs or a larger batch shorten it",
-    "in the cache": "this is the cost of the cache itself",
     "in client, network and Triton's front end": "make profile shows where; often the client is busy or far away",
 }
