@@ -12,8 +12,9 @@ import pytest
 from cli.commands import BY_NAME
 from cli.main import values_of
 from deepseek.spec import InputError, SloSpec
+from deepseek.spec.objectives import latency_limits
 from loadtests.results.settings import Replay
-from loadtests.slo.slo_demands import in_flight_for, latency_limits, rates, timeout_for, too_short
+from loadtests.slo.slo_demands import in_flight_for, rates, timeout_for, too_short
 from tests.saved_runs import load_settings
 from tests.sleeper import write_sleeper
 
@@ -111,4 +112,4 @@ def test_a_throughput_above_the_slos_rate_adds_a_rate_to_send(slo: dict[str, Any
 def test_the_limits_of_percentiles_are_the_tightest_at_the_slos_own_rate() -> None:
     others = ("max_ms < 500", "error_rate < 1%", "p50_ms < 5 @ 10 rps", "p99_ms < 20 @ 10 rps")
     lines = ("p99.9_ms < 90", "p99_ms < 60", *others)
-    assert latency_limits(SloSpec(p99_ms=50, rate_rps=100, objectives=lines)) == {99: 50, 99.9: 90}
+    assert latency_limits(SloSpec(p99_ms=50, rate_rps=100, objectives=lines).all_objectives()) == {99: 50, 99.9: 90}

@@ -239,6 +239,15 @@ def histogram_bounds_ms(p99_ms: float, limits_ms: Iterable[float] = ()) -> list[
     return sorted({round(bound, 6) for bound in (*(share * p99_ms for share in _BOUNDS), *limits_ms)})
 
 
+def latency_limits(lines: Iterable[Objective]) -> dict[float, float]:
+    """Percentile -> tightest limit in ms, of the objectives that are not tied to a rate."""
+    found: dict[float, float] = {}
+    for line in lines:
+        if line.percent is not None and line.rate_rps is None:
+            found[line.percent] = min(line.limit, found.get(line.percent, math.inf))
+    return found
+
+
 def p99_limits(objectives: Iterable[str], rate_rps: float) -> list[float]:
     """Limits on p99, in ms, that lines of an SLO set at a rate; accepts the notations of deploy.toml and of reports."""
     found = []

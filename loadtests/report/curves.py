@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepseek.spec import SloSpec
+from deepseek.spec.objectives import latency_limits
 from deepseek.svg_chart import Chart, Scale, up_to
 from loadtests.percentiles import ALL, ms
 from loadtests.report.headline import LETTERS, names_of
 from loadtests.results.histogram import Latency
 from loadtests.results.run import Run
 from loadtests.results.stretch import Second, Stretch, shown_percentile
-from loadtests.slo.slo_demands import latency_limits
 
 NINES = (50, 90, 99, 99.9, 99.99, 99.999)  # ticks of the percentile chart, evenly spaced from 90 on
 DIAMOND = "\N{BLACK DIAMOND}"
@@ -50,8 +50,8 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
 def _limits(drawn: Sequence[Curve], slos: Sequence[SloSpec]) -> tuple[dict[float, float], list[dict[float, float]]]:
     """The limits of the only SLO, and those of each curve if each has an SLO of its own."""
     if len(slos) == 1:
-        return latency_limits(slos[0]), [{} for _ in drawn]
-    return {}, [latency_limits(slo) for slo in slos]
+        return latency_limits(slos[0].all_objectives()), [{} for _ in drawn]
+    return {}, [latency_limits(slo.all_objectives()) for slo in slos]
 
 
 def scale_of(values: Iterable[float]) -> Scale:

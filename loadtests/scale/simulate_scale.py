@@ -28,13 +28,13 @@ from deepseek.spec import DeploymentSpec, GateFailed, InputError, Target, build_
 from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.folders import write_whole
 from deepseek.spec.files.measured_batches import read_measured
+from deepseek.spec.objectives import latency_limits
 from loadtests.scale.cluster import ClusterSettings, Metric
 from loadtests.scale.service_curve import ServiceCurve
 from loadtests.scale.target_choice import LEAST_REPLICAS, TargetChoice, candidates, choose
 from loadtests.scale.traffic import Shape, read_traffic, shape_of_day
 from loadtests.search.capacity_result import Capacity, capacity_path
 from loadtests.search.slo_at_rate import error_limit_at
-from loadtests.slo.slo_demands import latency_limits
 
 DEFAULT_PEAK = 5.0  # servers
 MOST_PODS = 10_000  # at the peak
@@ -86,7 +86,7 @@ def main(options: argparse.Namespace) -> None:
 
 def cluster_settings(options: argparse.Namespace, spec: DeploymentSpec, target: Target) -> ClusterSettings:
     """The SLO's p99 limit, Triton's queue time-out, and the delays of the command line."""
-    limit = latency_limits(spec.slo).get(99)
+    limit = latency_limits(spec.slo.all_objectives()).get(99)
     if limit is None:
         raise InputError(f"{options.models}/{options.model}/deploy.toml: [slo] has no p99_ms; set one to judge the day")
     delays = {name: getattr(options, name) for name in ("pod_start_s", "node_start_s", "node_idle_s", "pods_per_node")}

@@ -19,10 +19,9 @@ from dataclasses import replace
 from deepseek_client import ModelMetadata
 
 from deepseek.spec import DeploymentSpec, Objective, SloSpec
-from deepseek.spec.objectives import SIGNS, formatted, requests_to_prove, samples_needed
+from deepseek.spec.objectives import SIGNS, formatted, latency_limits, requests_to_prove, samples_needed
 from loadtests.load.task_metric import of_served
 from loadtests.results.settings import LoadSettings
-from loadtests.slo.slo_demands import latency_limits
 
 SAMPLES = 2  # times the minimum, with which a percentile holds only if every sample is within the limit
 MOST_PROOFS = 5  # runs that may prove a rate, each a step lower; they share the error of the SLO's confidence
@@ -61,7 +60,7 @@ def slo_at(slo: SloSpec, rate_rps: float, duration_s: float) -> SloSpec:
     at_rate = slo.model_copy(update={"rate_rps": rate_rps, "objectives": tuple(lines), **unbounded})
     if limit is None:
         limit = min(line.limit for line in slo.all_objectives() if line.kind == "error_rate")
-    in_flight_s = max(latency_limits(at_rate).values(), default=DEFAULT_IN_FLIGHT_S * 1000) / 1000
+    in_flight_s = max(latency_limits(at_rate.all_objectives()).values(), default=DEFAULT_IN_FLIGHT_S * 1000) / 1000
     kept = max(0.01, 1 - limit - in_flight_s / duration_s)
     return at_rate.model_copy(update={"rate_rps": rate_rps * kept})
 

@@ -17,15 +17,6 @@ PATIENCE = 2  # default time-out in largest latency limits: a later answer is cl
 MOST_IN_FLIGHT = 8192  # of a worker: below the 10,000 files that Locust lets a process open
 
 
-def latency_limits(slo: SloSpec) -> dict[float, float]:
-    """Percentile -> tightest limit in milliseconds, for the objectives at the SLO's own rate."""
-    found: dict[float, float] = {}
-    for line in slo.all_objectives():
-        if line.percent is not None and line.rate_rps is None:
-            found[line.percent] = min(line.limit, found.get(line.percent, math.inf))
-    return found
-
-
 def largest_limit_s(*slos: SloSpec) -> float:
     """The largest latency in seconds that the SLOs allow at any rate; 0 if they limit none."""
     return max((line.limit for slo in slos for line in slo.all_objectives() if line.kind == "ms"), default=0.0) / 1000

@@ -26,7 +26,7 @@ from deepseek.spec import BATCH, DeploymentSpec, InputError, Target, TunedBatchi
 from deepseek.spec.checks import Table
 from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.measured_batches import read_measured
-from loadtests.slo.slo_demands import latency_limits
+from deepseek.spec.objectives import latency_limits
 
 DELAYS_US = (0, 200, 1000, 5000)
 SHARE_OF_LIMIT = 4  # a request may wait for its batch at most a quarter of its latency limit
@@ -115,7 +115,7 @@ class SearchSpace:
         sizes = {size for size in powers | {axis.opt, most} if axis.min <= size <= most}
         choose_graphs = target == "tensorrt" and not spec.tensorrt.cuda_graph_batches
         graphs = spec.tensorrt.cuda_graphs if target == "tensorrt" else None
-        limit_ms = min(latency_limits(spec.slo).values(), default=float("inf"))
+        limit_ms = min(latency_limits(spec.slo.all_objectives()).values(), default=float("inf"))
         delays = (delay for delay in DELAYS_US if delay * SHARE_OF_LIMIT <= limit_ms * 1000)
         return cls(
             layouts=_layouts(target, cores, instances, threads),

@@ -17,6 +17,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from deepseek.spec import BATCH, TEXT, DeploymentSpec, Objective, Precision, PublishedManifest, Target
 from deepseek.spec.files.repository import ENGINE, versions_of
+from deepseek.spec.objectives import latency_limits
 from deepseek.spec.vocabulary import VOCABULARY
 from deepseek.targets import is_accelerator, is_nvidia
 from serving.repository.checks import config_of, models_in, served_manifests, wanted_versions
@@ -78,11 +79,7 @@ class ServedModel:
     @property
     def latency_limits_ms(self) -> dict[float, float]:
         """The strictest limit in the SLO for each percentile."""
-        found: dict[float, float] = {}
-        for line in self.objectives:
-            if line.percent is not None:
-                found[line.percent] = min(line.limit, found.get(line.percent, math.inf))
-        return found
+        return latency_limits(self.objectives)
 
     @property
     def max_error_rate(self) -> float | None:

@@ -29,7 +29,7 @@ import math
 
 from deepseek.spec.deployment import DeploymentSpec
 from deepseek.spec.files.measured_batches import REQUEST_MS, BatchingPlan, MeasuredBatches
-from deepseek.spec.objectives import SloSpec
+from deepseek.spec.objectives import SloSpec, latency_limits
 from deepseek.spec.tables import BATCH
 
 KEPT_THROUGHPUT = 0.97
@@ -44,9 +44,8 @@ DEFAULT_TIMEOUT_MS, DEFAULT_QUEUE_SIZE = 200, 512
 
 def tail_limit_ms(slo: SloSpec) -> float | None:
     """The SLO's limit for p99 or a higher percentile; without one, its strictest latency limit. None without both."""
-    lines = [line for line in slo.all_objectives() if line.percent is not None and line.rate_rps is None]
-    tails = [line.limit for line in lines if (line.percent or 0) >= 99]
-    return min(tails or [line.limit for line in lines], default=None)
+    limits = latency_limits(slo.all_objectives())
+    return min([limit for percent, limit in limits.items() if percent >= 99] or limits.values(), default=None)
 
 
 def batching_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precision: str | None = None) -> BatchingPlan:
