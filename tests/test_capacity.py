@@ -20,7 +20,7 @@ from deepseek.spec import InputError, SloSpec
 from loadtests.search.capacity import find, first_rate, main, table, trial_line
 from loadtests.search.capacity_result import Capacity
 from loadtests.search.rate_trial import RateTrial
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.computed_server import runner, server_of, trial
 from tests.conftest import FREE
 from tests.sleeper import write_sleeper

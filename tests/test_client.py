@@ -30,7 +30,7 @@ from deepseek_client import (
     Unreachable,
 )
 
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
 from tests.conftest import FREE
 from tests.failing_servers import Awaited, Client, Relay, X, answering, kinds, protocols, status, url_of
@@ -301,17 +301,14 @@ def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer)
         pytest.param({"url": ["a:1", "a:1"]}, "list of different ones", id="duplicate address"),
         pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
         pytest.param({"retries": -1}, "0 or more", id="retries"),
-        pytest.param({"retries": True}, "a whole number", id="retries as a truth"),
         pytest.param({"idempotent": "no"}, "idempotent='no'; it must be True or False", id="idempotent as text"),
         pytest.param({"retry_budget": -1}, "a share of the calls", id="budget"),
         pytest.param({"hedge_after_ms": 5}, "set idempotent=True", id="hedge of a request that may not run twice"),
         pytest.param({"hedge_after_ms": "95", "idempotent": True}, "such as 'p95'", id="percentile"),
         pytest.param({"hedge_after_ms": 0, "idempotent": True}, "it must be milliseconds", id="hedge after 0 ms"),
         pytest.param({"shared_memory": "yes"}, "False, True or 'auto'", id="shared memory"),
-        pytest.param({"shared_memory": np.ones(2)}, "False, True or 'auto'", id="shared memory as an array"),
         pytest.param({"timeout_s": float("inf")}, "positive number of seconds", id="time-out"),
         pytest.param({"tls": "no"}, "tls='no'; it must be True or False", id="tls as text"),
-        pytest.param({"ca_cert": 5}, "a file's path", id="certificate as a number"),
         pytest.param({"ca_cert": "/absent.pem"}, "No such file", id="no certificate"),
         pytest.param({"ca_cert": __file__}, "must be a PEM file", id="bad certificate"),
         pytest.param({"ca_cert": "/dev/null"}, "must be a PEM file", id="empty certificate"),

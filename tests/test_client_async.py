@@ -11,7 +11,7 @@ import pytest
 from deepseek_client import AsyncInferenceClient, ConnectionLost, ModelNotFound, ServerBusy, Unreachable
 from deepseek_client.grpc.channel import AsyncChannel, BlockingChannel, Channel
 
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import Relay, X, answering, mute, protocols, url_of
 
 

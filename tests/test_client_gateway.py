@@ -24,7 +24,7 @@ from deepseek_client.cli.main import main
 from deepseek_client.options import check_headers, system_authorities
 
 from loadtests.load.wire.frames import END_HEADERS, END_STREAM, HEAD, HEADERS, SETTINGS
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import (
     Kind,
     Relay,

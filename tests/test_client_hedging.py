@@ -17,7 +17,7 @@ import psutil
 import pytest
 from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceClient, InvalidInput, ModelNotFound, ServerBusy
 
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import (
     Kind,
     MakeRelays,

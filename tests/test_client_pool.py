@@ -22,7 +22,7 @@ from deepseek_client.http.connection import AsyncConnection, connected, connecte
 from deepseek_client.http.pool import MOST_OPENING
 from deepseek_client.transport import Deadline
 
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests import gateway
 from tests.failing_servers import Kind, Relay, answering, dropping, kinds, make_certificate, only_once, prepared
 from tests.fake_kserve import http_answer, http_serving

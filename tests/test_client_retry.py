@@ -31,7 +31,7 @@ from deepseek_client.resilience.retry_budget import RESERVE, RetryBudget
 from deepseek_client.statistics import Counters
 from deepseek_client.transport import Deadline
 
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import (
     MakeRelays,
     X,

@@ -9,7 +9,7 @@ import pytest
 from deepseek_client import InferenceClient, InferenceError
 from deepseek_client.statistics import MOST_MODELS, OTHERS, Counters, Histogram
 
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import X, protocols, url_of
 from tests.fake_kserve import SIGNATURE, binary, http_answer, http_json, http_serving
 

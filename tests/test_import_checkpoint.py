@@ -25,7 +25,7 @@ from export.checks.parity import main as parity
 from export.model_folder import ModelFolder
 from export.stages.publish import main as publish
 from export.stages.to_onnx import export_model
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
 from tests.tiny_checkpoints import CONFIGS, LABELS, MEAN, POSITIONS, change, write_checkpoint, write_modules
 

@@ -12,7 +12,7 @@ from deepseek_client import InferenceClient
 
 from cli.main import values_of
 from cli.model_folder.new import main as new
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import RunHere
 
 KINDS = ("vision", "text", "ranking")

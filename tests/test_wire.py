@@ -15,7 +15,7 @@ import pytest
 from deepseek_client import ConnectionLost, DeadlineExceeded
 
 from loadtests.load.wire.client import WireClient
-from serving.embedded.serve import EmbeddedServer
+from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import Relay, X, answering, mute, protocols, status, url_of
 
 Connect = Callable[..., WireClient]

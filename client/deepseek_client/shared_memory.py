@@ -164,8 +164,7 @@ class Regions:
     def _start_sweeping(self) -> None:
         if self._abandoned and not self._sweeping and not self._closed:
             self._sweeping = True
-            if not self._concurrency.spawn(self._sweep):
-                self._sweeping = False  # the next abandoned region tries again
+            self._concurrency.spawn(self._sweep)
 
     async def _sweep(self) -> None:
         pause_s = FIRST_SWEEP_S

@@ -25,8 +25,6 @@ from serving.embedded.flags import trace_flags
 from serving.embedded.launcher import EmbeddedServer, say
 from serving.embedded.openai_process import OpenAIProcess, missing_packages, takes
 
-__all__ = ["EmbeddedServer", "main"]
-
 
 class _Routes:
     """The OpenAI routes and the page, which end with `running`. With --poll-s they also start later.

@@ -105,8 +105,8 @@ class Replicas:
                 replica.ejected = True
                 replica.setbacks += 1
                 self.ejections += 1
-        if eject and not self._concurrency.spawn(lambda: self._probe(replica, missing_model)):
-            replica.ejected = False  # nothing would readmit it
+        if eject:
+            self._concurrency.spawn(lambda: self._probe(replica, missing_model))
 
     def close(self) -> None:
         self._closed = True
