@@ -27,9 +27,6 @@
  * It also keeps answers over HTTP from being lost. An answer is handed to the HTTP thread of its connection through a
  * socket pair (evthr_defer in libevhtp), which holds 278 of them. Triton ignores that it is full, and the caller waits until its
  * own time-out. Now the sender waits until the thread has taken some.
- *
- * It also keeps other users of the machine from the memory in which the Python backend hands over requests and answers. The
- * backend lets all users read it, and Triton maps it for any caller that names it as its own shared memory.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -42,9 +39,7 @@
 #include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
 enum { FRAME_BYTES = 4096, STRINGS = 13 /* TRITONSERVER_TYPE_BYTES */, INVALID = 3 /* TRITONSERVER_ERROR_INVALID_ARG */ };
 static const int64_t MS = 1000000, SECOND = 1000000000;
@@ -112,26 +107,6 @@ ssize_t send(int socket, const void *data, size_t size, int flags)
     while (sent < 0 && errno == EAGAIN && size == COMMAND_BYTES && is_programs(__builtin_return_address(0)) &&
            poll(&pair, 1, WAIT_MS) > 0);
     return sent;
-}
-
-/* The backend sets this mode after it made its memory, so that a umask has no effect. */
-int fchmod(int file, mode_t mode)
-{
-    return (int)syscall(SYS_fchmod, file, mode == 0644 ? 0600 : mode);
-}
-
-/* The server's program opens only what callers name; a model's process, which lacks the server's library, the backend's
- * memory. That has the prefix of serving/embedded/server_process.py. */
-int shm_open(const char *name, int flags, mode_t mode)
-{
-    static const char prefix[] = "embedded-triton-";
-    int (*original)(const char *, int, mode_t) = (int (*)(const char *, int, mode_t))(intptr_t)dlsym(RTLD_NEXT, __func__);
-    if (strncmp(name + strspn(name, "/"), prefix, sizeof prefix - 1) == 0 && dlsym(RTLD_NEXT, "TRITONSERVER_ErrorNew") &&
-        is_programs(__builtin_return_address(0))) {
-        errno = EACCES;
-        return -1;
-    }
-    return original(name, flags, mode);
 }
 
 /* The size of a string is 1 for the server's own program, whose other uses of it are for other types. Backends get 0. */
