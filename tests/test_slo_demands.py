@@ -82,6 +82,9 @@ def test_a_short_run_is_announced_before_it_starts() -> None:
     assert list(too_short(load_settings(rate_rps=5, duration_s=30), slow)) == [
         "150 requests cannot prove rate_rps, 285 can: run for 57 s or more"
     ]
+    assert list(too_short(load_settings(rate_rps=100, duration_s=9), SloSpec(rate_rps=100, max_error_rate=1))) == [
+        "900 requests cannot prove rate_rps, 1000 can: run for 10 s or more"  # its bounds are over seconds
+    ]
     replay = Replay(file="traffic.csv", sha256="", speed=1, requests=4, peak_rps=2)
     notes = too_short(load_settings(replay=replay, duration_s=2), SLO)
     assert next(notes) == "4 requests cannot prove p99_ms, 299 can: replay a longer file"

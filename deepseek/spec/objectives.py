@@ -27,6 +27,7 @@ _OBJECTIVE = re.compile(
 _PERCENTILE = re.compile(r"p(\d+(?:\.\d+)?)_ms")
 CONFIDENCE = 0.95  # of a verdict
 BURST_S = 0.2  # assumed length of a burst of slow answers that a run has not shown
+THROUGHPUT_S = 10  # shortest run that proves a throughput: its bounds are Student's t over the seconds
 RATE_TOLERANCE = 0.01  # allowed shortfall of a rate: the share that the load generator itself may lose
 # As shares of the p99. One bound is the p99 itself, so that the histogram counts the requests that met it.
 _BOUNDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 4, 10)
@@ -226,8 +227,10 @@ def requests_to_prove(line: Objective, rate_rps: float, confidence: float = CONF
     if line.kind != "throughput":
         return requests_needed(line.allowed_share, rate_rps, confidence) if line.allowed_share else None
     spare = 1 - (1 - RATE_TOLERANCE) * line.limit / rate_rps
+    if spare <= 0:
+        return None
     # The bound counts one request as lost, and those in flight at both ends: one on average.
-    return math.ceil(NormalDist().inv_cdf(confidence) * math.sqrt(1 + 2) / spare) if spare > 0 else None
+    return math.ceil(max(THROUGHPUT_S * rate_rps, NormalDist().inv_cdf(confidence) * math.sqrt(1 + 2) / spare))
 
 
 def _samples(share: float, confidence: float) -> int:
