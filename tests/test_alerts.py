@@ -144,6 +144,9 @@ def each(name: str, *severities: str) -> Fired:
 
 CASES: list[Case] = [
     ("healthy", {}, 70, set()),
+    ("no requests", dict.fromkeys((FAST, ANSWERED, SERVED, SUCCESS, QUEUE_US, OPENAI, OPENAI_FAST, OPENAI_LISTS), "0+0"), 70, set()),
+    ("counters start again", dict.fromkeys((FAST, ANSWERED, SERVED, SUCCESS), "0+6000x30 100+6000x39"), 70, set()),
+    ("no bucket of the limit", {FAST: ""}, 70, set()),
     ("a change of the gateway's files is half there", {PENDING: "0+0x5 1+0x3"}, 8, set()),
     ("a change cannot be loaded", {PENDING: "1+0"}, 8, each("GatewayReloadFails", "ticket")),
     ("a fifth is slow", {FAST: "0+4800"}, 70, each("LatencyBudgetBurn", *BOTH)),
@@ -175,6 +178,7 @@ CASES: list[Case] = [
     ("an older version", {WAITING: "", OLDER: "0+0"}, 15, each("VersionMismatch", "ticket")),
     ("one version too many", {OLDER: "0+0"}, 15, each("VersionMismatch", "ticket")),
     ("a version changes", {WAITING: "", OLDER: "0+0"}, 8, set()),
+    ("a version changes in place", {WAITING: "_x30 0+0x39", OLDER: "0+0x30 stale"}, 70, set()),
     ("triton down", {TRITON_UP: "0+0"}, 3, each("TritonDown", "page")),
     ("triton gone", {TRITON_UP: ""}, 3, each("TritonDown", "page")),
     ("triton stays down", {TRITON_UP: "0+0"}, 15, each("TritonDown", *BOTH)),
