@@ -41,7 +41,7 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
         (
             FOUND | {"required_rps": 100.0, "trials": (trial(99, "fails"), trial(105, "fails", violated=True))},
             3,
-            "100/s, which is neither proved nor violated; decide with: make loadtest verdict MODEL=tiny UNTIL_DECIDED=1",
+            "100/s, which is neither proved nor violated; decide with: make loadtest verdict MODEL=tiny",
         ),
         ({"limited_by": "p99_ms", "trials": (trial(2, "fails"),)}, 1, "no rate holds, down to 2/s: p99_ms"),
         ({"limited_by": "generator"}, 3, "capacity inconclusive; the generator, not the server"),

@@ -22,7 +22,8 @@ from serving.stack.gateway_limits import limits
 from serving.stack.server_sizes import OPENAI_MIB, server_sizes
 from tests.failing_servers import answering, mute
 from tests.gateway import Gateway, skip_without_nginx, wait_for
-from tests.test_embedded import Serving, start
+from tests.test_embedded import Serving
+from tests.test_openai import serve
 
 BODY = b'{"model": "sentence", "input": ["ab", "cd ab"]}'
 
@@ -36,12 +37,8 @@ def models(built_sentence: Path) -> list[ServedModel]:
 def serving(built_sentence: Path) -> Iterator[Serving]:
     """The server as the CPU image starts it."""
     skip_without_nginx()
-    process = start(built_sentence / "repository", "--openai-port", "0", "--behind-gateway")
-    try:
-        yield Serving.of(process)
-    finally:
-        process.terminate()
-        process.communicate()
+    with serve(built_sentence / "repository", "--behind-gateway") as running:
+        yield running
 
 
 def address(serving: Serving) -> str:

@@ -31,9 +31,9 @@ TEXTS = ["ab " * (1 + 7 * k % 30) + "cd" * (k % 3) for k in range(50)]  # of une
 
 
 @contextmanager
-def serve(repository: Path) -> Iterator[Serving]:
+def serve(repository: Path, *flags: str) -> Iterator[Serving]:
     """`deepseek serve` on free ports."""
-    process = start(repository, "--openai-port", "0")
+    process = start(repository, "--openai-port", "0", *flags)
     try:
         yield Serving.of(process)
     finally:

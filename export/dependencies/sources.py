@@ -44,14 +44,11 @@ class Sources:
         self._digests, self._folder = digests, model_folder
         self._files_of = cache(self._find_files)
         self._edges = cache(self._imported)
-        self._code_of = cache(self._find_code)
+        self.of_module = cache(self._of_module)
         self._not_installed = cache(_not_installed)
 
-    def of_module(self, name: str, without: tuple[str, ...] = ()) -> ImportedCode:
+    def _of_module(self, name: str, without: tuple[str, ...]) -> ImportedCode:
         """A module of this repository and everything it imports, except packages in `without`."""
-        return self._code_of(name, without)
-
-    def _find_code(self, name: str, without: tuple[str, ...]) -> ImportedCode:
         code = ImportedCode()
         for path, module in self._files_of(name):
             self._follow(path, module, code, without)
