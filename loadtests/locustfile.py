@@ -19,7 +19,7 @@ from typing import Any
 
 import gevent
 from deepseek_client import InferenceError
-from locust import User, events, task
+from locust import User, events, runners, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
@@ -33,6 +33,9 @@ from loadtests.load.workers.master import Master
 from loadtests.load.workers.worker import Worker
 from loadtests.results.settings import LoadSettings
 
+# Seconds without a sign of life until the master gives a worker up. After Locust's 3 s it would stop the whole test
+# while a busy machine holds up all workers; their lag is measured and judged.
+runners.HEARTBEAT_LIVENESS = 20
 UNPREPARED_S = 1.0  # time for the message to reach the master, which then ends
 MAIN = os.getpid()  # Locust forks its workers from this process later
 if "LOCUST_PARENT" in os.environ:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -174,6 +175,23 @@ def test_the_share_of_a_lost_worker_counts_as_missing(tiny: tuple[EmbeddedServer
     assert process.returncode == 3, errors
     assert "1 of 2 workers were lost" in errors
     assert "planned requests were never sent" in errors
+
+
+def test_workers_that_a_busy_machine_holds_up_send_their_share_late(tiny: tuple[EmbeddedServer, Path]) -> None:
+    before = answered(tiny[0])
+    with command(
+        settings(tiny, rate_rps=40.0, duration_s=3.0), "--workers", "2", "--timeout-s", "20", "--json"
+    ) as load:
+        wait_for_load(tiny[0], before)
+        held_up = psutil.Process(load.pid).children()[0].children()
+        for worker in held_up:
+            worker.suspend()
+        time.sleep(6)  # Locust gives workers up after 4 s
+        for worker in held_up:
+            worker.resume()
+        output, errors = load.communicate(timeout=240)
+    run = Run.load(json.loads(output)["run"])
+    assert (len(held_up), run.window.planned, run.window.unsent, run.window.ok > 0) == (2, 120, 0, True), errors
 
 
 def test_locusts_page_shows_the_run_and_stays_open_until_ctrl_c(tiny: tuple[EmbeddedServer, Path]) -> None:
