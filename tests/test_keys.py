@@ -8,6 +8,8 @@ import os
 import re
 import ssl
 import stat
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -45,6 +47,14 @@ def test_a_key_is_printed_alone_and_stored_as_a_hash_for_the_stacks_user_alone(t
         assert (found.st_uid, found.st_gid) == owner(folder)
     assert 0 not in owner(folder)
     assert not (folder / "ca.key").exists()  # the folder is mounted in the gateway
+
+
+def test_a_file_that_gets_the_key_is_for_its_user_alone(folder: Path, tmp_path: Path) -> None:
+    command = (sys.executable, "-m", "cli", "keys", "--name", "shop", "--folder", str(folder))
+    with (tmp_path / "key").open("w") as file:
+        subprocess.run(command, check=True, stdout=file)
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    assert (folder / "keys" / f"{digest((tmp_path / 'key').read_text().strip())}.json").is_file()
 
 
 def test_revoke_ends_all_keys_of_a_name_or_one_by_its_id(folder: Path) -> None:

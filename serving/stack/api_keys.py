@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import secrets
+import stat
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -120,6 +123,13 @@ def _print_table(keys: list[ApiKey]) -> None:
     Console(markup=False).print(table)
 
 
+def _make_output_private() -> None:
+    """Lets this user alone read standard output if it is a file, as in `make keys NAME=shop >build/key`."""
+    with suppress(OSError):  # another user's file
+        if stat.S_ISREG(mode := os.fstat(1).st_mode):
+            os.fchmod(1, mode & 0o700)
+
+
 def main(options: argparse.Namespace) -> None:
     folder = options.folder or gateway_folder()
     if options.name is not None and options.revoke is not None:
@@ -137,6 +147,7 @@ def main(options: argparse.Namespace) -> None:
         with alone_in(folder):
             ensure_folder(folder, options.host)
         key = new_key(folder, options.name, expires_s=expires_s, rate_rps=options.rate_rps, bulk=options.bulk)
+        _make_output_private()
         result = {"name": options.name, "key": key, "id": digest(key)[:ID_DIGITS]}
         print(json.dumps(result) if options.json else key)
         print("this key cannot be shown again; callers send it as Authorization: Bearer <key>", file=sys.stderr)
