@@ -44,6 +44,10 @@ from tests.manifests import VARIANTS
 from tests.warm import LIBRARIES_OF, run_warm
 
 os.environ["DEEPSEEK_CACHE"] = "off"  # each test builds what it needs; tests of the cache use their own
+# Tests are for a machine without a GPU, and bring stand-ins where they need one. So they do not see this machine's.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if shutil.which("nvidia-smi"):
+    os.environ["PATH"] = f"{Path(__file__).parent / 'no_gpu'}{os.pathsep}{os.environ['PATH']}"
 launcher.EXIT_TIMEOUT_S = 1  # how long Triton waits for idle connections; in tests nothing is in flight by then
 
 FREE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}  # ports of an EmbeddedServer

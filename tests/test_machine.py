@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,7 @@ def test_this_machine_is_seen_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPSEEK_TRITON_TAG", "26.09")
     machine = Machine.detect()
     assert machine.triton_tag == "26.09"
-    assert (machine.gpus != ()) == (shutil.which("nvidia-smi") is not None)
+    assert machine.gpus == ()  # tests/conftest.py hides those of a GPU host
     assert "CPUExecutionProvider" in (machine.onnxruntime or ())
     with pytest.raises(InputError, match=r"TRITON_TAG: seen '26.9'; .* YY.MM"):
         Machine.detect(triton_tag="26.9")
