@@ -127,6 +127,8 @@ def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = 
     try:
         files: Mapping[str, str] = json.loads((entry / INDEX).read_text())
         for name, digest in files.items():
+            if name.startswith("/") or ".." in name.split("/"):  # outside the folder
+                raise ValueError(name)
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(entry / name, destination / name)
             if sha256(destination / name) != digest:

@@ -1,6 +1,7 @@
 """The files of the content-addressed cache; tests/test_build.py tests it in a build."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def test_an_entry_whose_index_is_damaged_is_made_again(place: Path, tmp_path: Pa
         cache.store("k", folder(tmp_path / turn, model="weights"))
         assert cache.fetch("k", folder(tmp_path / f"back-{turn}"))
         (place / "k" / cache.INDEX).unlink() if index is None else (place / "k" / cache.INDEX).write_text(index)
+
+
+@pytest.mark.parametrize("name", ["../../mine", "{folder}/mine"])
+def test_an_entry_writes_no_file_outside_the_folder(place: Path, tmp_path: Path, name: str) -> None:
+    cache.store("k", folder(tmp_path / "made", model="weights"))
+    (place.parent / "mine").write_text("theirs")
+    name = name.format(folder=place.parent)
+    index = {name: cache.sha256(place.parent / "mine")}
+    (place / "k" / cache.INDEX).write_text(json.dumps(index))
+    assert not cache.fetch("k", folder(tmp_path / "a" / "b" / "out"))
+    assert not (tmp_path / "a" / "mine").exists()
 
 
 def test_least_recently_used_entries_are_evicted(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
