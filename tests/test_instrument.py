@@ -161,8 +161,8 @@ def test_a_rate_that_no_machine_holds_is_an_invalid_measurement_and_ends_in_time
 WALL_CLOCK = """
 import os, time
 starter, wall = os.getpid(), time.time
-time.time = lambda: wall() + 30 * (os.getpid() != starter)
-"""  # Locust itself ends a worker at a jump of a minute
+time.time = lambda: wall() + 300 * (os.getpid() != starter) * (time.perf_counter() // 2)
+"""
 
 
 def test_workers_send_one_schedule_in_the_proportions_of_the_file_even_if_the_wall_clock_jumps(
