@@ -301,6 +301,7 @@ def test_a_closed_client_refuses_calls(connect: Connect, server: EmbeddedServer)
         pytest.param({"url": ["a:1", "a:1"]}, "list of different ones", id="duplicate address"),
         pytest.param({"protocol": "rest"}, "'grpc' or 'http'", id="protocol"),
         pytest.param({"retries": -1}, "0 or more", id="retries"),
+        pytest.param({"retries": "3"}, "retries='3'; it must be a whole number", id="retries as text"),
         pytest.param({"idempotent": "no"}, "idempotent='no'; it must be True or False", id="idempotent as text"),
         pytest.param({"retry_budget": -1}, "a share of the calls", id="budget"),
         pytest.param({"hedge_after_ms": 5}, "set idempotent=True", id="hedge of a request that may not run twice"),

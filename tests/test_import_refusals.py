@@ -110,6 +110,7 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (config(id2label={"1": "x"}), (), "id2label: seen {'1': 'x'}; a name for each id from 0 is needed"),
     (config(auto_map={"AutoModel": "code.Bert"}), (), "auto_map: the checkpoint brings code of its own (trust_remote_code)"),
     (config(model_type="gpt2"), (), "model_type: seen 'gpt2'; allowed: encoders of the types albert, bert, "),
+    (config(model_type=["bert"]), (), "model_type: seen ['bert']; allowed: encoders of the types "),
     (config(model_type="t5", is_encoder_decoder=True), (), "a model that generates text belongs to vLLM"),
     (config(model_type="qwen3"), (), "model_type: seen 'qwen3' without a pooling in modules.json; allowed: "),
     (config(position_embedding_type="relative_key"), (), "position_embedding_type: seen 'relative_key'; allowed: absolute"),

@@ -194,16 +194,17 @@ def _kind(path: Path, config: dict[str, Any], modules: list[Module]) -> Kind:
             "checkpoint that this one was made from"
         )
     name, decoder = config.get("model_type"), config.get("is_encoder_decoder") or config.get("is_decoder")
-    pooled = [name for name, kind in KINDS.items() if kind.generates]
-    if not isinstance(name, str) or name not in KINDS or (not modules[1:] if name in pooled else decoder):
-        missing = " without a pooling in modules.json" if name in pooled else " as a decoder" if name in KINDS else ""
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None or (not modules[1:] if kind.generates else decoder):
+        missing = "" if kind is None else " without a pooling in modules.json" if kind.generates else " as a decoder"
+        pooled = [name for name, kind in KINDS.items() if kind.generates]
         raise InputError(
             f"{path}: model_type: seen {name!r}{missing}; allowed: encoders of the types "
             f"{', '.join(name for name in KINDS if name not in pooled)}, and with a pooling of sentence-transformers "
             f"{', '.join(pooled)}; a model that generates text belongs to vLLM; for another encoder, write the folder "
             "with `deepseek new --from text`"
         )
-    kind, positions = KINDS[name], config.get("position_embedding_type", "absolute")
+    positions = config.get("position_embedding_type", "absolute")
     if kind.position_types and positions != "absolute":
         raise InputError(
             f"{path}: position_embedding_type: seen {positions!r}; allowed: absolute; transformers 5 ignores the key, "

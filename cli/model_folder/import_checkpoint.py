@@ -185,7 +185,7 @@ def _report(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, s
             "note      no tokenizer.json: the samples are random ids, and int8 is left out; if "
             f"AutoTokenizer.from_pretrained({str(checkpoint.folder)!r}).save_pretrained(...) writes it, import again"
         )
-    print(f"import    {folder}/checkpoint/: {len(checkpoint.files)} files, {size / 1e6:.1f} MB, copied")
+    print(f"import    {folder}/checkpoint/: {size / 1e6:.1f} MB, copied")
     print(f"import    {folder}/deploy.toml: what is served, and how fast it must be")
     print(f"import    {folder}/model.py and requirements.txt: the module and the packages that it imports")
     print(f"import    {folder}/texts.py and texts.tsv: the samples; replace the texts with those of your users")

@@ -55,7 +55,7 @@ class ClientOptions:
         for url in self.urls:
             check_url(url)
         checked_timeout(self.timeout_s)
-        if self.retries < 0:
+        if type(self.retries) is not int or self.retries < 0:
             raise InvalidInput(f"retries={self.retries!r}; it must be a whole number, 0 or more")
         if self.retry_budget is not None and not (_is_number(self.retry_budget) and self.retry_budget >= 0):
             raise InvalidInput(
@@ -66,7 +66,7 @@ class ClientOptions:
                 raise InvalidInput(f"{name}={value!r}; it must be True or False")
         if self.shared_memory not in (False, True, "auto"):
             raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
-        if not 0 < self.response_limit <= LARGEST_RESPONSE_BYTES:
+        if type(self.response_limit) is not int or not 0 < self.response_limit <= LARGEST_RESPONSE_BYTES:
             raise InvalidInput(
                 f"max_response_bytes={self.max_response_bytes!r}; it must be a whole number below 2**31, or None"
             )
