@@ -29,6 +29,8 @@ HEAD: dict[str, Any] = {"model": "tiny", "target": "onnxruntime", "precision": "
 HEAD |= {"protocol": "grpc", "objectives": ("p99_ms ≤ 50.0 ms",), "started": "2026-11-25T12:00:00+00:00"}
 FOUND: dict[str, Any] = {"capacity_rps": 95.0, "confirmed": True, "limited_by": "p99_ms", "first_failing_rps": 99.0}
 REFUTED = (trial(2, "holds"), trial(2, "fails", "confirm"))
+# A repetition counts in place of the first, and what the proof of 95/s refutes does not.
+STALLED = (trial(100, "fails", violated=True), trial(100, "holds"), trial(94, "fails", violated=True))
 NOW = datetime(2026, 11, 25, tzinfo=UTC)
 
 
@@ -43,6 +45,7 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
             3,
             "100/s, which is neither proved nor violated; decide with: make loadtest verdict MODEL=tiny",
         ),
+        (FOUND | {"required_rps": 100.0, "trials": STALLED}, 3, "neither proved nor violated"),
         ({"limited_by": "p99_ms", "trials": (trial(2, "fails"),)}, 1, "no rate holds, down to 2/s: p99_ms"),
         ({"limited_by": "generator"}, 3, "capacity inconclusive; the generator, not the server"),
         (FOUND | {"limited_by": "generator"}, 3, "at least 95/s; the generator, not the server"),

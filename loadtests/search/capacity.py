@@ -4,8 +4,8 @@ Contract: `loadtests.search.highest_rate` chooses the rates, `loadtests.search.t
 each. The result is written atomically to `build/<model>/capacity.json` and drawn as `capacity.html`. The runs of the
 trials are kept under `build/<model>/capacity/`. docs/capacity.md says what an objective means at each rate.
 
-Exit codes: 0 found and confirmed; 1 no rate holds, or the capacity is below the SLO's own rate; 2 bad input or no
-server; 3 inconclusive: the load generator was the limit, time or trials ran out, or the confirmation failed.
+Exit codes: 0 found and confirmed; 1 no rate holds, or the SLO is violated at its own rate; 2 bad input or no server;
+3 inconclusive (`Capacity.exit_code`).
 """
 
 from __future__ import annotations
