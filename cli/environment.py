@@ -260,8 +260,8 @@ def is_for_gpu(venv: Path) -> bool | None:
 
 
 def note_gpu(venv: Path, devices: Path = Path("/dev")) -> None:
-    """Says how to use a GPU that was not visible when the environment was made."""
-    if is_for_gpu(venv) is False and any(devices.glob("nvidia[0-9]*")):
+    """Says how to use a GPU that was not visible when the environment was made; `has_gpu` would take longer."""
+    if is_for_gpu(venv) is False and any(devices.glob("nvidia[0-9]*")) and shutil.which("nvidia-smi"):
         print(
             f"note: {venv} was made without a GPU: its PyTorch and ONNX Runtime use the CPU; to use the GPU: "
             f"rm -r {venv}, then make setup",

@@ -86,8 +86,12 @@ def test_an_environment_stays_for_the_cpu_and_a_note_says_so(
     packages, devices = tmp_path / "venv" / "lib" / "python3.12" / "site-packages", tmp_path / "dev"
     (packages / "onnxruntime-1.32.0.dist-info").mkdir(parents=True)
     devices.mkdir()
+    monkeypatch.setattr(environment.shutil, "which", lambda program: program)
     environment.note_gpu(tmp_path / "venv", devices)
     (devices / "nvidia0").touch()
+    with monkeypatch.context() as without_smi:  # the set-up would see no GPU again
+        without_smi.setattr(environment.shutil, "which", lambda program: None)
+        environment.note_gpu(tmp_path / "venv", devices)
     assert capsys.readouterr().err == ""
     environment.note_gpu(tmp_path / "venv", devices)
     assert f"note: {tmp_path}/venv was made without a GPU" in capsys.readouterr().err
