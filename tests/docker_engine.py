@@ -43,6 +43,9 @@ def own_engine(name: str, **environment: str) -> Iterator[dict[str, str]]:
     settings = {**environment, "DOCKER_HERE": folder}
     with Path(tempfile.gettempdir(), "docker-here.lock").open("w") as lock:  # it installs packages
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if shutil.which("dockerd") is None:  # the script would take a stand-in on `environment`'s PATH for it
+            run("apt-get", "update", "-qq")
+            run("apt-get", "install", "-y", "-qq", "--no-install-recommends", "docker.io")
         ran = answers(DOCKER_HOST=f"unix://{folder}/docker.sock")
         lines = run(str(HERE), environment=settings).stdout.splitlines()
     yield {**dict(word.split("=", 1) for word in lines[-1].split()[1:]), "BUILD_NETWORK": "host"}
