@@ -140,6 +140,16 @@ def test_a_stand_in_for_tensorrt_loads_a_version_compatible_engine_only_where_th
         tensorrt_predictor(spec, tmp_path / "model.plan")
 
 
+@pytest.mark.parametrize("before", [b"stand-in timings", b"those of another TensorRT", b""])
+def test_timings_that_tensorrt_cannot_read_are_replaced(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    spec, graph = DeploymentSpec.load("tests/models/image"), built / "build" / "image" / "fp32" / "model.onnx"
+    (timings := tmp_path / "tensorrt.timing").write_bytes(before)
+    engine_from_onnx(install_tensorrt(monkeypatch), graph, spec, timing_cache=timings)
+    assert timings.read_bytes() == b"stand-in timings"
+
+
 def test_operators_that_tensorrt_runs_by_plugins_are_built_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

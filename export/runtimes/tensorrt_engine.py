@@ -151,7 +151,7 @@ def _read_timing_cache(config: Any, path: Path | None) -> None:
     if path is None:
         return
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):  # None: it cannot be read
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
 

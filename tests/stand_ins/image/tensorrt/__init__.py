@@ -106,6 +106,9 @@ class OnnxParser:
         return True
 
 
+TIMINGS = b"stand-in timings"
+
+
 class TimingCache:
     def __init__(self, content):
         self.content = content
@@ -145,9 +148,11 @@ class Config:
         return len(self.profiles) - 1
 
     def create_timing_cache(self, content):
-        return TimingCache(content or b"stand-in timings")
+        return TimingCache(TIMINGS) if content in (b"", TIMINGS) else None
 
     def set_timing_cache(self, cache, ignore_mismatch):
+        if cache is None:
+            raise TypeError("set_timing_cache(): incompatible function arguments")
         self.cache = cache
         return True
 
