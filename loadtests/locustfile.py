@@ -11,7 +11,6 @@ by the master's monotonic clock. Workers on other machines count from the arriva
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -73,7 +72,7 @@ def read_settings(path: Path) -> list[LoadSettings]:
 def _prepare(environment: Environment, **_: Any) -> None:
     if os.getpid() != MAIN:
         end_with(MAIN)
-        runners.MASTER_HEARTBEAT_TIMEOUT = math.inf  # Locust compares the wall clock, which may jump
+        runners.MASTER_HEARTBEAT_TIMEOUT = sys.maxsize  # Locust compares the wall clock, which may jump
     path = Path(environment.parsed_options.settings)  # type: ignore[union-attr]
     try:
         parts = read_settings(path)
