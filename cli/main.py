@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make = words[:1] == ["--make"]
     words = words[make:]
     if arguments is None:
+        _open_standard_streams()
         sys.stdout, sys.stderr = _forgiving(sys.stdout), _forgiving(sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # the locale may lack a character of a table or of help
@@ -47,6 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+
+
+def _open_standard_streams() -> None:
+    """Opens standard streams that the caller closed, as by `<&-`.
+
+    Otherwise a file that this process opens, such as a lock, gets the number of a standard stream, and the commands
+    that it starts read or write that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
 
 
 class _Output(io.FileIO):

@@ -162,7 +162,10 @@ class Option:
             allowed = ", ".join(self.choices)
             raise Misuse(f"{where}: seen {text!r}; allowed: {allowed}{suggestion(text, self.choices)}")
         try:
+            text.encode()
             return self.kind(text)
+        except UnicodeEncodeError:
+            raise Misuse(f"{where}: seen {text!r}; a text in UTF-8 is needed") from None
         except (ValueError, OverflowError) as error:
             needed = f"{self.kind.needed} is needed" if isinstance(self.kind, Number) else NEEDED.get(self.kind)
             raise Misuse(f"{where}: seen {text!r}; {needed or error}") from None

@@ -87,6 +87,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default(
         ((), {}, "-- MODEL=a/b", "MODEL: seen 'a/b'; a folder's name without blanks and slashes is needed"),
         ((), {}, r"-- MODEL=a\ b", "MODEL: seen 'a b'; a folder's name without blanks and slashes is needed"),
         ((), {"JSON": "maybe"}, "", "JSON: seen 'maybe'; 1 turns it on, 0 off"),
+        (("--run", "a\udcff"), {}, None, r"--run: seen 'a\udcff'; a text in UTF-8 is needed"),
         (("--run", ""), {}, None, "--run: seen ''; a path is needed"),
         (("--run", "~nobody-here/x"), {}, None, "--run: seen '~nobody-here/x'; there is no such home folder; write the whole path"),
     ],
@@ -123,6 +124,13 @@ def test_a_number_outside_the_bounds_of_an_option_is_refused(line: str) -> None:
 def test_a_mistyped_command_is_one_line_and_exit_2(word: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word]) == 2
     assert capsys.readouterr().err == told
+
+
+def test_no_file_gets_the_number_of_a_closed_standard_stream() -> None:
+    """The processes that a command starts would read or write that file."""
+    code = "import os; from cli.main import main; main(); os._exit(os.open('/', os.O_RDONLY) < 3)"
+    command = ["/bin/sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
 def test_an_error_of_several_lines_is_printed_in_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from deepseek_client import DeadlineExceeded, Unreachable
+from deepseek_client import DeadlineExceeded, Unreachable, concurrency
 
 from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import Kind, MakeRelays, X, answering, client_of, kinds, mute, prepared, protocols, status
@@ -47,6 +50,26 @@ def test_a_dead_replica_loses_no_call_and_is_readmitted(relays: MakeRelays, prot
             client.send(request)
         assert dies.pieces > pieces
         assert client.statistics().ejections == client.statistics().readmissions >= 1
+
+
+class NoThread(threading.Thread):
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("options", [{}, {"hedge_after_ms": 5_000.0}], ids=["alone", "hedged"])
+def test_without_room_for_a_thread_calls_are_answered_and_no_replica_stays_ejected(
+    relays: MakeRelays, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies, lives = relays("http", 2)
+    with client_of([dies, lives], "http", idempotent=True, **options) as client:
+        request = client.prepare("add_one", {"x": X})
+        dies.close()
+        with monkeypatch.context() as full:
+            full.setattr(concurrency, "threading", SimpleNamespace(Thread=NoThread, Lock=threading.Lock))
+            for _ in range(4):
+                np.testing.assert_array_equal(client.send(request)["y"], X + 1)
+        assert client.statistics().replicas == {dies.url: True, lives.url: True}
 
 
 @protocols

@@ -182,6 +182,13 @@ def test_a_tmpdir_that_starts_no_program_is_one_line(
     assert list((tmp_path / name).iterdir()) == []
 
 
+def test_a_path_without_bash_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_add_one(tmp_path / "repository")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match=r"^PATH: seen '/nowhere'"), EmbeddedServer(tmp_path / "repository", **FREE):
+        pass
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -248,6 +248,14 @@ def test_wrong_input_is_one_line(tmp_path: Path, arguments: tuple[str, ...], sai
     assert not (tmp_path / "env").exists()
 
 
+def test_a_folder_whose_path_is_not_utf_8_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here := tmp_path / "caf\udce9").mkdir()
+    monkeypatch.chdir(here)
+    write_add_one(tmp_path / "repository")
+    with pytest.raises(InputError, match=r"/caf\ufffd/models: Compose cannot read .* not UTF-8"):
+        stack.main(values_of("stack", "--repository", str(tmp_path / "repository"), "--folder", str(tmp_path / "g")))
+
+
 def test_ports_and_name_stay_as_the_env_file_has_them(tmp_path: Path) -> None:
     found = write(tmp_path, "--gateway-port", "9443", "--project", "shop-2")
     assert (found["LOCAL_PORTS"], found["LOCAL_HTTP_PORT"], found["LOCAL_GRPC_PORT"]) == ("8000,8001", "8000", "8001")

@@ -45,7 +45,7 @@ class Kind:
     model: str = "AutoModel"
     """The class of transformers that loads an encoder."""
     generates: bool = False
-    """Models that generate text have this type too, so only those with a pooling of sentence-transformers are taken."""
+    """Whether models that generate text have this type too. They need a pooling of sentence-transformers."""
 
 
 KINDS = {
@@ -106,7 +106,7 @@ class Checkpoint:
     files: tuple[str, ...]
     """Names of the files to copy, in `folder`."""
     tokens_without_vector: tuple[str, ...]
-    """Added tokens whose ids are beyond the model's embeddings, such as that of an image."""
+    """Added tokens that the model has no embedding for, such as one for images."""
     lower_case: bool
     """Whether sentence-transformers lower-cases texts before the tokenizer."""
     prompts: dict[str, str]

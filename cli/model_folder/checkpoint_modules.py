@@ -35,7 +35,7 @@ class Pooling:
     named_in: str
     """The file that names the pooling; "" if none does."""
     layers: dict[str, tuple[Path, ...]]
-    """The modules that follow, in order, by a name such as 2_Dense, and the files of each."""
+    """The modules after the pooling, in order: a name such as 2_Dense, and the module's files."""
     width: int
     """Entries of an embedding."""
 
@@ -64,7 +64,7 @@ def _kind(name: str) -> str:
 
 
 def read_pooling(folder: Path, modules: list[Module], width: int, with_prompts: bool) -> Pooling:
-    """The pooling and what follows it; `width` is that of the tokens' vectors."""
+    """The pooling and what follows it. `width`: entries of a token's vector."""
     name, named_in = _pooling(folder, modules[1].folder / "config.json", with_prompts) if modules[1:] else ("mean", "")
     layers: dict[str, tuple[Path, ...]] = {}
     for place, module in enumerate(modules[2:], 2):

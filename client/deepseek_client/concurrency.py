@@ -71,6 +71,15 @@ def is_definite(error: BaseException | None) -> bool:
     return not (error.did_not_run or error.may_have_run or isinstance(error, DeadlineExceeded))
 
 
+def _started(work: Callable[[], None], name: str) -> bool:
+    """Runs `work` in a daemon thread; False if the process may start no more."""
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError:
+        return False
+    return True
+
+
 class ThreadConcurrency:
     def __init__(self) -> None:
         self._closed = threading.Event()
@@ -80,11 +89,14 @@ class ThreadConcurrency:
         self._closed.wait(seconds)
 
     async def race(self, first: Attempt[Result], second: Follower[Result], after_s: float) -> Result:
-        """The attempts run in daemon threads, so that no attempt can hold up the caller or the end of the process."""
+        """The attempts run in daemon threads, so that no attempt can hold up the caller or the end of the process.
+
+        Without a thread for the first, it runs here and there is no second.
+        """
         ended: queue.SimpleQueue[tuple[int, Result | None, BaseException | None]] = queue.SimpleQueue()
         cancels: list[Cancel] = []
 
-        def start(attempt: Attempt[Result]) -> None:
+        def start(attempt: Attempt[Result]) -> bool:
             number, cancel = len(cancels), Cancel()
             cancels.append(cancel)
 
@@ -94,10 +106,13 @@ class ThreadConcurrency:
                 except BaseException as error:
                     ended.put((number, None, error))
 
-            threading.Thread(target=work, name="deepseek-hedge", daemon=True).start()
+            if not (started := _started(work, "deepseek-hedge")):
+                cancels.pop()
+            return started
 
         try:
-            start(first)
+            if not start(first):
+                return run(first(None))
             try:
                 number, result, error = ended.get(timeout=after_s)
             except queue.Empty:
@@ -116,9 +131,9 @@ class ThreadConcurrency:
             for cancel in cancels:
                 cancel.cancel()
 
-    def spawn(self, background: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs it in the background until it ends or the client is closed."""
-        threading.Thread(target=lambda: run(background()), name="deepseek-probe", daemon=True).start()
+    def spawn(self, background: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        """Runs it in the background until it ends or the client is closed; False if it cannot run."""
+        return _started(lambda: run(background()), "deepseek-probe")
 
     def close(self) -> None:
         self._closed.set()
@@ -145,10 +160,11 @@ class AsyncConcurrency:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def spawn(self, background: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def spawn(self, background: Callable[[], Coroutine[Any, Any, None]]) -> bool:
         task = asyncio.ensure_future(background())
         self._tasks.add(task)  # the loop keeps only weak references
         task.add_done_callback(self._tasks.discard)
+        return True
 
     def close(self) -> None:
         for task in list(self._tasks):

@@ -64,7 +64,9 @@ class ClientOptions:
         for name, value in (("tls", self.tls), ("idempotent", self.idempotent)):
             if not isinstance(value, bool):
                 raise InvalidInput(f"{name}={value!r}; it must be True or False")
-        if self.shared_memory not in (False, True, "auto"):
+        if not isinstance(self.ca_cert, str | Path | None):
+            raise InvalidInput(f"ca_cert={self.ca_cert!r}; it must be a file's path")
+        if type(self.shared_memory) not in (bool, str) or self.shared_memory not in (False, True, "auto"):
             raise InvalidInput(f"shared_memory={self.shared_memory!r}; it must be False, True or 'auto'")
         if type(self.response_limit) is not int or not 0 < self.response_limit <= LARGEST_RESPONSE_BYTES:
             raise InvalidInput(

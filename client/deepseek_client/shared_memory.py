@@ -164,7 +164,8 @@ class Regions:
     def _start_sweeping(self) -> None:
         if self._abandoned and not self._sweeping and not self._closed:
             self._sweeping = True
-            self._concurrency.spawn(self._sweep)
+            if not self._concurrency.spawn(self._sweep):
+                self._sweeping = False  # the next abandoned region tries again
 
     async def _sweep(self) -> None:
         pause_s = FIRST_SWEEP_S

@@ -76,8 +76,8 @@ class Capacity(SavedResult):
 
     @property
     def exit_code(self) -> ExitCode:
-        """0 found, confirmed and as high as the SLO asks; 1 no rate holds, or a run violated the SLO at the rate that
-        it asks for, or at a lower one; 3 inconclusive. A capacity is a lower bound: a low one alone is no violation."""
+        """0: found, confirmed and as high as the SLO asks. 1: no rate holds, or a run violated the SLO at its own rate
+        or below. 3: inconclusive. A capacity is a lower bound, so the SLO may hold above it."""
         held = any(trial.outcome == "holds" for trial in self.trials)
         if self.limited_by in UNDECIDED or (held and not self.confirmed):
             return ExitCode.INVALID

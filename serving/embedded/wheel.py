@@ -50,6 +50,8 @@ def scratch_place() -> Path:
 
     Raises InputError if the Python backend cannot start its stubs there: it runs `bash -c "exec <path> ..."`.
     """
+    if shutil.which("bash", path=os.environ.get("PATH", "")) is None:  # Triton would wait for its stubs in vain
+        raise InputError(f"PATH: seen {os.environ.get('PATH', '')!r}; Triton needs bash on it, such as /usr/bin:/bin")
     place = Path(tempfile.gettempdir())
     noexec = os.statvfs(place).f_flag & os.ST_NOEXEC
     if noexec or re.search(r"""[\s"'`$&;|<>()\\*?\[\]{}]""", str(place)):

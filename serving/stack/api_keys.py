@@ -124,7 +124,7 @@ def _print_table(keys: list[ApiKey]) -> None:
 
 
 def _make_output_private() -> None:
-    """Lets this user alone read standard output if it is a file, as in `make keys NAME=shop >build/key`."""
+    """A file that gets the output, as in `make keys NAME=shop >build/key`, can only be read by this user."""
     with suppress(OSError):  # another user's file
         if stat.S_ISREG(mode := os.fstat(1).st_mode):
             os.fchmod(1, mode & 0o700)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from dataclasses import asdict
@@ -58,8 +59,9 @@ def _check(options: argparse.Namespace) -> None:
         )
     check_tag(options.triton_tag)
     for path in (options.repository, options.models, options.folder):
-        if "'" in str(path.resolve()):
-            raise InputError(f"{path.resolve()}: Compose cannot read ' in a path; use another")
+        where = os.fsencode(path.resolve()).decode(errors="replace")
+        if "'" in where or "\ufffd" in where:
+            raise InputError(f"{where}: Compose cannot read ' and bytes that are not UTF-8 in a path; use another")
 
 
 def _write(options: argparse.Namespace, models: list[ServedModel], runbook: str) -> None:

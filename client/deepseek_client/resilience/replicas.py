@@ -105,8 +105,8 @@ class Replicas:
                 replica.ejected = True
                 replica.setbacks += 1
                 self.ejections += 1
-        if eject:
-            self._concurrency.spawn(lambda: self._probe(replica, missing_model))
+        if eject and not self._concurrency.spawn(lambda: self._probe(replica, missing_model)):
+            replica.ejected = False  # nothing would readmit it
 
     def close(self) -> None:
         self._closed = True

@@ -2,9 +2,8 @@
 
 Contract: needs onnx, not torch. It reads only shapes, so weights in external files cost nothing. The first dimension of
 every input is the batch, unless it is fixed and another input's is open; `length` is the size of all other open axes,
-unless `axes` gives one by name. Quantized graphs
-(Q/DQ) count as the operations that they compute. Raises InputError if the result of a product has no known shape;
-`uncounted` names products of which no shape is known.
+unless `axes` gives one by name. Quantized graphs (Q/DQ) count as the operations that they compute. Raises InputError
+if the result of a product has no known shape; `uncounted` names products of which no shape is known.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ class OnnxModel:
 
     @cached_property
     def _batch(self) -> Any:
-        """The first dimension of the first input whose first dimension is open, or of the first input."""
+        """The batch: the first dimension of the first input where that is open, else of the first input."""
         firsts = [value.type.tensor_type.shape.dim[:1] for value in self._inputs()]
         return min((dim for dims in firsts for dim in dims), key=lambda dim: bool(dim.dim_value), default=None)
 
