@@ -4,7 +4,7 @@ Contract: an entry is a folder named by a key, the digest of all inputs of its f
 `$DEEPSEEK_CACHE` is the cache's folder (default: `~/.cache/deepseek-deploy`; `off` turns the cache off),
 `$DEEPSEEK_CACHE_GIB` its maximum size (default: 10). Least recently used entries are evicted first. Entries appear by a
 rename, and their digests are checked on every read: a killed build or a damaged file costs a rebuild, never a wrong
-artifact.
+artifact. If two builds need the same entry at once, one makes it and the other waits.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from deepseek.spec import GateFailed, InputError
 from deepseek.spec.files.folders import scratch_in
 from export.artifact import human_bytes, publish, sha256
 
+LOCKS = ".lock"
 INDEX = "entry.json"  # digests of the entry's files; its mtime is when the entry was last used
 NOTE = "note.json"  # the only file of an entry that points to another entry
 GIB = "DEEPSEEK_CACHE_GIB"
@@ -113,10 +117,11 @@ def fill(
     folder: Path, key: str | None, make: Callable[[Path], object], check: Callable[[Path], object] | None = None
 ) -> None:
     """Fills an empty folder from the cache entry; without one, runs `make` and stores its files."""
-    if key is None or not fetch(key, folder, check):
-        make(folder)
-        if key is not None:
-            store(key, folder)
+    with alone_with(key):
+        if key is None or not fetch(key, folder, check):
+            make(folder)
+            if key is not None:
+                store(key, folder)
 
 
 def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = None) -> bool:
@@ -145,6 +150,42 @@ def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = 
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return False
     return True
+
+
+@contextlib.contextmanager
+def alone_with(key: str | None) -> Iterator[None]:
+    """Lets one process at a time make the entry of a key; others print that they wait, and then find it.
+
+    The lock is one byte of a shared file, at an offset derived from the key, and ends with its process. Without a
+    writable cache there is no lock.
+    """
+    with contextlib.ExitStack() as held:
+        if key is not None:
+            place, offset = _entry(key).parent, int(hashlib.sha256(key.encode()).hexdigest()[:15], 16)
+            with contextlib.suppress(OSError):
+                file = _lock_file(place)
+                _lock(file, offset, place)
+                held.callback(fcntl.lockf, file, fcntl.LOCK_UN, 1, offset)
+        yield
+
+
+@functools.cache
+def _lock_file(place: Path) -> int:
+    """A descriptor of the file of locks, open until the process ends.
+
+    Closing any descriptor of the file would end all locks of this process in it. So a part of a stage would end the
+    stage's lock.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    return os.open(place / LOCKS, os.O_WRONLY | os.O_CREAT, 0o666)
+
+
+def _lock(file: int, offset: int, place: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+    except BlockingIOError:
+        print(f"waiting for another build of the same entry in {place} (CACHE=off skips the cache)", file=sys.stderr)
+        fcntl.lockf(file, fcntl.LOCK_EX, 1, offset)
 
 
 def store(key: str, files: Path) -> None:

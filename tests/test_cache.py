@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,34 @@ def test_an_invalid_size_is_one_error_line(value: str, place: Path, monkeypatch:
     monkeypatch.setenv("DEEPSEEK_CACHE_GIB", value)
     with pytest.raises(InputError, match="CACHE_GIB: seen"):
         cache.limit_bytes()
+
+
+def test_one_of_several_concurrent_builds_makes_what_all_need(place: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from export import cache\n"
+        "out = Path(sys.argv[1]); out.mkdir()\n"
+        "with cache.alone_with('k'):\n"
+        "    if not cache.fetch('k', out):\n"
+        "        time.sleep(1); (out / 'model').write_text('x'); cache.store('k', out); print('made')\n"
+    )
+    arguments = [[sys.executable, "-c", program, str(tmp_path / str(number))] for number in range(3)]
+    builds = [subprocess.Popen(each, stdout=subprocess.PIPE, text=True) for each in arguments]
+    assert sorted(build.communicate()[0] for build in builds) == ["", "", "made\n"]
+    assert [(tmp_path / str(number) / "model").read_text() for number in range(3)] == ["x"] * 3
+
+
+def test_a_part_of_a_stage_does_not_end_the_lock_of_the_stage(place: Path) -> None:
+    program = "import sys; from export import cache\nwith cache.alone_with(sys.argv[1]): print('alone')"
+    with cache.alone_with("stage"):
+        with cache.alone_with("part"):
+            pass
+        other = subprocess.Popen(
+            [sys.executable, "-c", program, "stage"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert other.stderr is not None
+        assert other.stderr.readline().startswith("waiting for another build of the same entry")
+        assert other.poll() is None
+    assert other.communicate() == ("alone\n", "")
 
 
 def test_the_command_clears_the_cache(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
