@@ -55,6 +55,15 @@ def test_the_pieces_parse_as_protobufs_own_message() -> None:
             assert service_pb2.ModelInferRequest.FromString(data) == by_protobuf(request, left_us)
 
 
+def test_a_request_that_grpc_cannot_carry_is_refused_before_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(encoded(request_of()))
+    monkeypatch.setattr("deepseek_client.grpc.message.MOST_BYTES", size)
+    encoded(request_of())
+    monkeypatch.setattr("deepseek_client.grpc.message.MOST_BYTES", size - 1)
+    with pytest.raises(InvalidInput, match=f"m: a request of {size} bytes; gRPC allows at most {size - 1}: send fewer"):
+        encoded(request_of())
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 @pytest.mark.parametrize(
     ("model", "version", "said"),

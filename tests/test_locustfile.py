@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -133,22 +134,31 @@ def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path]) -
     assert alive == []
 
 
-def test_an_answer_unlike_the_models_signature_counts_as_failed(
-    tiny: tuple[EmbeddedServer, Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([3], "answered 'y' as float32 [3]; expected y (FP32 [-1, 3])"),
+        ([0, 3], "m answered 'y' with 0 rows for the 1 sent"),
+    ],
+    ids=["signature", "rows"],
+)
+def test_an_answer_unlike_the_models_signature_or_the_request_counts_as_failed(
+    tiny: tuple[EmbeddedServer, Path], tmp_path: Path, shape: list[int], message: str
 ) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "deploy.toml").write_text(SPEC.format(name="m"))
     np.savez(tmp_path / "rows.npz", **{"00000/x": np.ones((1, 3), np.float32)})  # type: ignore[arg-type]
     load: dict[str, Any] = {"model": "m", "models": str(tmp_path), "inputs": str(tmp_path / "rows.npz")}
     load |= {"rate_rps": 20.0, "duration_s": 0.5, "warmup_s": 0.0}
-    wrong = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=[3])
-    answer = service_pb2.ModelInferResponse(outputs=[wrong], raw_output_contents=[bytes(12)]).SerializeToString()
+    wrong = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=shape)
+    content = bytes(4 * math.prod(shape))
+    answer = service_pb2.ModelInferResponse(outputs=[wrong], raw_output_contents=[content]).SerializeToString()
     with grpc_serving(lambda _: answer) as url:
         stream = Stream(name="fake", settings=settings(tiny, url=url, **load))
         with BackgroundLoad([stream]) as sending:
             log = sending.wait()["fake"]
     assert (len(log), log.errors) == (10, {"ServerError": 10})
-    assert "answered 'y' as float32 [3]; expected y (FP32 [-1, 3])" in log.messages[0]
+    assert message in log.messages[0]
 
 
 def test_a_worker_on_another_machine_sends_the_load_of_its_master(

@@ -14,16 +14,23 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
+from deepseek_client.errors import InvalidInput
 from deepseek_client.transport import Placement, PreparedRequest
 
+MOST_BYTES = 2**31 - 100  # of a request: servers take messages below 2 GiB, and the time-out follows
 RAW_INPUT_CONTENTS = b"\x3a"  # field 7 of ModelInferRequest, of wire type 2: length, then bytes
 
 
 def encoded(request: PreparedRequest) -> bytes:
-    """The request without its time-out."""
+    """The request without its time-out. Raises InvalidInput if gRPC allows none of this size."""
     pieces = [message_of(request).SerializeToString()]
     for tensor in request.tensors:
         pieces += (RAW_INPUT_CONTENTS, varint(len(tensor.data)), tensor.data)
+    if (size := sum(map(len, pieces))) > MOST_BYTES:
+        raise InvalidInput(
+            f"{request.model}: a request of {size} bytes; gRPC allows at most {MOST_BYTES}: send fewer rows at once, or "
+            'use protocol="http"'
+        )
     return b"".join(pieces)
 
 

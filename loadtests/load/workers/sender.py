@@ -14,7 +14,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from operator import itemgetter
@@ -23,7 +23,7 @@ from typing import Any
 
 import gevent
 import numpy as np
-from deepseek_client import InferenceClient, InferenceError
+from deepseek_client import InferenceClient, InferenceError, ServerError
 
 from deepseek.spec import BATCH, DeploymentSpec
 from loadtests.load.inputs import length_classes, named, read_rows, shuffled
@@ -91,8 +91,10 @@ class ModelSender:
         self._times_s = planned_times_s(settings, warmup_only=plan is not None)
         with self._client(retries=TRIES, idempotent=True, timeout_s=max(TIMEOUT_S, settings.timeout_s)) as client:
             self._served = None if settings.route else client.metadata(settings.model)
-            self._right: set[tuple] = set()  # names, types and shapes that were checked: a look takes a microsecond
+            self._right: set[tuple] = set()  # batches, names, types and shapes that were checked: a look takes 1 us
             self._requests = [client.prepare(settings.model, row) for row in rows]
+        self._batches = [len(next(iter(row.values()))) for row in rows]
+        self._outputs = list(spec.outputs)
         self._clients, self._senders = [self._client()], 0
         with suppress(InferenceError):
             self._clients[0].ready()  # so that the first request finds a connection
@@ -181,9 +183,11 @@ class ModelSender:
         try:
             answer = client.send(self._requests[place])
             if self._served is not None:
-                seen = tuple([(name, array.dtype, array.shape) for name, array in answer.items()])
+                batch = self._batches[place]
+                seen = (batch, *[(name, array.dtype, array.shape) for name, array in answer.items()])
                 if seen not in self._right:
                     self._served.check_answer(answer)
+                    self._check_rows(answer, batch)
                     self._right.add(seen)
         except Exception as failure:  # every kind of error means that the request was not answered
             error = described(failure)
@@ -197,6 +201,14 @@ class ModelSender:
             self._lengths[place],
         )
         self._tell_locust(finished_at - sent_at, error)
+
+    def _check_rows(self, answer: Mapping[str, np.ndarray], batch: int) -> None:
+        """Raises ServerError unless each output of deploy.toml has a row for each row of the request."""
+        for name in self._outputs:
+            if name in answer and len(answer[name]) != batch:
+                raise ServerError(
+                    f"{self.settings.model} answered {name!r} with {len(answer[name])} rows for the {batch} sent"
+                )
 
     def _tell_locust(self, seconds: float, error: str | None) -> None:
         """Locust groups failures by `exception`: it gets their kind alone."""
