@@ -28,8 +28,8 @@ def encoded(request: PreparedRequest) -> bytes:
         pieces += (RAW_INPUT_CONTENTS, varint(len(tensor.data)), tensor.data)
     if (size := sum(map(len, pieces))) > MOST_BYTES:
         raise InvalidInput(
-            f"{request.model}: a request of {size} bytes; gRPC allows at most {MOST_BYTES}: send fewer rows at once, or "
-            'use protocol="http"'
+            f"{request.model}: a request of {size} bytes; gRPC allows at most {MOST_BYTES}: send fewer rows at once, "
+            'or use protocol="http"'
         )
     return b"".join(pieces)
 
