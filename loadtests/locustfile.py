@@ -118,6 +118,7 @@ def _send(environment: Environment, parts: list[LoadSettings], folder: Path) -> 
 def _be_master(environment: Environment, master: Master) -> None:
     assert environment.runner is not None
     environment.events.test_start.add_listener(lambda **_: master.start())
+    environment.events.test_stopping.add_listener(lambda **_: master.stop())
 
     def second(msg: Message, **_: Any) -> None:
         master.take_second(msg.data["second"], msg.data["rows"], msg.data["now"])

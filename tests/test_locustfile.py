@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -223,6 +224,20 @@ def test_locusts_page_shows_the_run_and_stays_open_until_ctrl_c(tiny: tuple[Embe
         process.communicate(timeout=60)
     assert figures["answered"] == shown["tiny"]["num_requests"] == 40
     assert process.returncode in (0, 3)
+
+
+def test_stop_on_locusts_page_ends_the_run_without_a_result(tiny: tuple[EmbeddedServer, Path], build: Path) -> None:
+    port, before = free_ports(1)[0], answered(tiny[0])
+    wanted = settings(tiny, rate_rps=40.0, warmup_s=0.0, duration_s=600.0)
+    with command(wanted, "--web", "--web-port", str(port)) as process:
+        wait_for_load(tiny[0], before)
+        stop = urllib.request.Request(f"http://127.0.0.1:{port}/stop", method="POST")
+        with contextlib.suppress(OSError), urllib.request.urlopen(stop, timeout=60):  # it may end before its answer
+            pass
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert errors.splitlines()[-1].startswith("error: stopped on Locust's page before its end; nothing was saved: let")
+    assert list((build / "tiny" / "loadtests").iterdir()) == []
 
 
 def test_an_unusable_port_for_the_page_is_reported_before_any_load(

@@ -236,6 +236,11 @@ def _show_progress(process: subprocess.Popen[str], settings: LoadSettings, conso
                 return
             if "unprepared" in said:
                 raise InvalidMeasurement(f"the load generator could not be prepared: {said['unprepared']}")
+            if "stopped" in said:
+                raise InvalidMeasurement(
+                    "stopped on Locust's page before its end; nothing was saved: let it run to the end, or measure for "
+                    "less time (--duration-s, DURATION_S=)"
+                )
             if "unwritten" in said:
                 raise OSError(*said["unwritten"])
             progress.update(

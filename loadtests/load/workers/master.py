@@ -53,7 +53,7 @@ class Master:
         self._now: dict[int, Counter[str]] = defaultdict(Counter)
         self._workers = 1
         self._prepared: set[str] = set()
-        self._started = False
+        self._started = self._finished = False
 
     def start(self) -> None:
         """Tells every worker when the measured window starts. A second start, from Locust's page, does nothing."""
@@ -147,8 +147,14 @@ class Master:
         }
         with _on_disk():
             write_whole(self._folder / "measured.json", json.dumps(measured))
+        self._finished = True
         print(json.dumps({"finished": True}), flush=True)
         self._end()
+
+    def stop(self) -> None:
+        """Locust stops the load, as by the button on its page: without the rest of the plan nothing is measured."""
+        if not self._finished and self._environment.web_ui is not None:
+            print(json.dumps({"stopped": True}), flush=True)
 
     def _end(self) -> None:
         self._environment.process_exit_code = 0  # failed requests are a result, not a failure of Locust
