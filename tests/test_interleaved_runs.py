@@ -6,6 +6,7 @@ import json
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -110,6 +111,18 @@ def test_pairs_alternate_with_the_same_arrivals_and_a_spoiled_one_is_repeated_on
         assert len(list(measure_pairs(versions, "100x10", 20, 0.0, Console(quiet=True)))) == LEAST_PAIRS
 
 
+def test_spoiled_pairs_are_repeated_only_while_the_minimum_of_pairs_fits_into_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int]] = []
+    clock = SimpleNamespace(monotonic=lambda: 30.0 * len(made))  # a run takes 30 s
+    monkeypatch.setattr("loadtests.regression.interleaved_runs.time", clock)
+    always = tuple(range(1, 99))
+    versions = (served(tmp_path, "baseline", made, busy=always), served(tmp_path, "candidate", made, busy=always))
+    assert len(list(measure_pairs(versions, "100x10", 10, 600.0, Console(quiet=True)))) == LEAST_PAIRS
+    assert clock.monotonic() == 600
+
+
 def test_the_capacity_of_the_baseline_is_found_without_a_confirmation(tmp_path: Path) -> None:
     def found(limit_rps: float) -> float | None:
         on_server = runner(
@@ -117,7 +130,7 @@ def test_the_capacity_of_the_baseline_is_found_without_a_confirmation(tmp_path: 
         )
         version = ComparedVersion(role="baseline", given="x")
         baseline = ServedVersion(version=version, server=cast(Any, None), runner=on_server)
-        return capacity_of(baseline, plan(), Console(quiet=True))
+        return capacity_of(baseline, plan(), 1200.0, Console(quiet=True))
 
     assert 95 / 1.1 <= (found(95) or 0) < 95
     assert found(0) is None

@@ -79,12 +79,16 @@ class InterleavedPlan:
         each_s = max(1, round((1 - LATENCY_SHARE) * self.duration_s / len(rates)))
         return ", ".join([f"{asked:.15g}x{latency_s}", *(f"{rate:.15g}x{each_s}" for rate in sorted(rates))])
 
+    @property
+    def pair_s(self) -> float:
+        """About how long a pair takes."""
+        return 2 * (self.duration_s + self.settings.warmup_s + START_S)
+
     def pairs_in(self, left_s: float) -> int:
         """The number of pairs that fit into the time, at most `pairs`; InputError if too few fit for an interval."""
-        pair_s = 2 * (self.duration_s + self.settings.warmup_s + START_S)
-        fit = int(left_s / pair_s)
+        fit = int(left_s / self.pair_s)
         if fit < LEAST_PAIRS:
-            needed_s = math.ceil(self.max_s - left_s + LEAST_PAIRS * pair_s)
+            needed_s = math.ceil(self.max_s - left_s + LEAST_PAIRS * self.pair_s)
             raise InputError(
                 f"--max-s {self.max_s:g}: {LEAST_PAIRS} pairs need about {needed_s} s; raise it (BUDGET_S=) or lower "
                 "--duration-s"
@@ -144,8 +148,11 @@ def serve(
     return ServedVersion(version=version, server=server, runner=runner)
 
 
-def capacity_of(baseline: ServedVersion, plan: InterleavedPlan, console: Console) -> float | None:
-    """About the baseline's capacity, by short runs; None, with a printed note, if no rate holds."""
+def capacity_of(baseline: ServedVersion, plan: InterleavedPlan, left_s: float, console: Console) -> float | None:
+    """About the baseline's capacity, by short runs; None, with a printed note, if no rate holds.
+
+    Of the time that is left, it leaves enough for the pairs, and for one more since a search may end late.
+    """
     slo = plan.spec.slo
     runner = replace(baseline.runner, folder=baseline.runner.folder.with_name("search"))
     bounds = runner.plan(
@@ -154,7 +161,7 @@ def capacity_of(baseline: ServedVersion, plan: InterleavedPlan, console: Console
         resolution=1.1,
         confirm=False,
         max_trials=20,
-        max_s=plan.max_s * SEARCH_SHARE,
+        max_s=min(plan.max_s * SEARCH_SHARE, left_s - (LEAST_PAIRS + 1) * plan.pair_s),
     )
     console.print("searching for the baseline's capacity")
     found = RateSearch(bounds, runner).run()
@@ -171,11 +178,18 @@ def measure_pairs(
 ) -> Iterator[tuple[Run, Run]]:
     """Runs the pairs in the order ABBA, so that drift affects both alike.
 
-    A pair in which the generator was the limit is repeated once, if there is time.
+    A pair in which the generator was the limit is repeated once, if that leaves time for LEAST_PAIRS.
     """
     rate, slo = segments_of(shape)[0].rate_rps, versions[0].runner.spec.slo
+    began_at, measured = time.monotonic(), 0
+
+    def fit(more: int) -> bool:
+        """Whether there is time for more pairs, as long as those before."""
+        now_at = time.monotonic()
+        return now_at + more * (now_at - began_at) / measured <= ends_at
+
     for pair in range(pairs):
-        if pair >= LEAST_PAIRS and time.monotonic() > ends_at:
+        if pair >= LEAST_PAIRS and not fit(1):
             return
         for attempt in range(2):
             order = versions if pair % 2 == 0 else versions[::-1]
@@ -184,7 +198,8 @@ def measure_pairs(
             why = [problem for run in found for problem in problems_at(run, rate, slo)[:1]]
             shown = ", ".join(f"{role} {_p99(run, rate)}" for role, run in made.items())
             console.print(f"pair {pair + 1} of {pairs}: p99 at {rate:g}/s {shown}{f'  ({why[0]})' if why else ''}")
-            if not why or attempt or time.monotonic() > ends_at:
+            measured += 1
+            if not why or attempt or not fit(max(1, LEAST_PAIRS - pair)):
                 break
         yield found
 
@@ -203,7 +218,8 @@ def interleaved(
     plan.pairs_in(plan.max_s * (1 - SEARCH_SHARE if plan.capacity else 1))  # fails before anything is started
     with ExitStack() as stack:
         baseline, candidate = (serve(stack, version, plan, folder, console) for version in versions)
-        shape = plan.shape(capacity_of(baseline, plan, console) if plan.capacity else None)
+        left_s = ends_at - time.monotonic()
+        shape = plan.shape(capacity_of(baseline, plan, left_s, console) if plan.capacity else None)
         pairs = plan.pairs_in(ends_at - time.monotonic())
         console.print(f"{pairs} pairs of {shape} (requests/s x seconds); runs: {folder}", soft_wrap=True)
         return list(measure_pairs((baseline, candidate), shape, pairs, ends_at, console))
