@@ -165,8 +165,9 @@ def test_a_size_baked_into_forward_is_refused(tmp_path: Path, body: str, capfd: 
         "return x.mean(1) + torch.linspace(1, 3, x.shape[1]).square().sum()",
         "return x.mean(1) / math.sqrt(x.shape[1])",
         "return x.mean(1) + (x * 9 % x.shape[1] + (x * 9).long() % x.shape[1]).mean(1)",
+        "pool = torch.nn.MaxPool1d(3, 2, 1, ceil_mode=True); return pool(x.mT).mean(2) + x.mean(1)",
     ],
-    ids=["after a recurrent layer", "rounded up", "as a number of steps", "under a root", "as a divisor"],
+    ids=["after a recurrent layer", "rounded up", "as a number of steps", "under a root", "as a divisor", "in windows"],
 )
 def test_the_length_of_a_sequence_stays_dynamic(tmp_path: Path, body: str) -> None:
     shape = 'shape = ["batch", "length", 8]'

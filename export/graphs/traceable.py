@@ -46,7 +46,7 @@ def traceable() -> Iterator[None]:
 
     nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
 
-    torch.linspace and math.sqrt: a size becomes a constant.
+    nn.MaxPool1d, torch.linspace and math.sqrt: a size becomes a constant.
     """
     with contextlib.ExitStack() as replaced:
         with contextlib.suppress(ImportError):  # older versions lack them
@@ -60,6 +60,7 @@ def traceable() -> Iterator[None]:
         replaced.enter_context(mock.patch.object(transformer, "_detect_is_causal_mask", _is_causal))
         replaced.enter_context(mock.patch.object(torch.distributions.Distribution, "_validate_args", False))
         replaced.enter_context(mock.patch.object(torch, "linspace", _linspace))
+        replaced.enter_context(mock.patch.object(torch, "max_pool1d", _max_pool1d))
         replaced.enter_context(mock.patch.object(math, "sqrt", _sqrt))
         for name, own in (("embedding_bag", _embedding_bag), ("scaled_dot_product_attention", _attention)):
             replaced.enter_context(mock.patch.object(torch.nn.functional, name, own))
@@ -86,6 +87,21 @@ def _linspace(start: Any, end: Any, steps: Any, *, dtype: torch.dtype | None = N
     step = (end - start) / last
     found = torch.where(2 * places < last, start + step * places, end - step * (places[-1:] - places))
     return found.to(dtype or usual)
+
+
+def _max_pool1d(
+    input: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> torch.Tensor:
+    """A maximum over windows of 1 x `kernel_size`; PyTorch's signature."""
+    sizes = [each[0] if isinstance(each, tuple | list) else each for each in (kernel_size, stride, padding, dilation)]
+    kernel, step, pad, apart = sizes
+    windows = ((1, kernel), (1, step or kernel), (0, pad), (1, apart), ceil_mode)
+    return torch.max_pool2d(input.unsqueeze(-2), *windows).squeeze(-2)
 
 
 def _embedding_bag(
