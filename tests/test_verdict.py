@@ -231,6 +231,8 @@ def test_several_rates_without_the_slos_own_are_inconclusive(tmp_path: Path) -> 
     assert judgement.verdict == "inconclusive"
     note = f"measured at 100, 200/s; make loadtest {variables_for('tiny')} RATE=150"
     assert {each.note for each in judgement.objectives} == {note}
+    third = judge(run, SloSpec(rate_rps=33.3333333)).objectives[0].note  # a rounded rate would not be the SLO's own
+    assert third.endswith("RATE=33.3333333")
     whole = judge(run, SloSpec(p95_ms=50, max_error_rate=1, confidence=0.9))  # an SLO without a rate: the whole run
     assert whole.verdict == "holds"
 

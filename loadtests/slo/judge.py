@@ -60,7 +60,7 @@ def _judged(run: Run, slo: SloSpec) -> Iterator[JudgedObjective]:
             judged = _with_status(line, math.nan, "inconclusive", "no request was due; measure longer")
         else:
             judged = JUDGES[line.kind](run, stretch, line, confidence)
-        yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:g} rps")
+        yield judged if rate is None else replace(judged, name=f"{line.name} @ {rate:.15g} rps")
 
 
 def _with_status(
@@ -76,9 +76,9 @@ def _with_status(
 
 
 def _unmeasured(run: Run, line: Objective) -> JudgedObjective:
-    offered = ", ".join(f"{rate:g}" for rate in run.rates_rps)
+    offered = ", ".join(f"{rate:.15g}" for rate in run.rates_rps)
     note = f"measured at {offered}/s" if offered else "no steady rate was measured"
-    mix, model, rate = run.settings.mix, run.settings.model, f"{line.rate_rps:g}"
+    mix, model, rate = run.settings.mix, run.settings.model, f"{line.rate_rps:.15g}"
     which = f"{variables_for(model)} RATE={rate}" if mix is None else f"MIX={mix}, with {rate}/s for {model}"
     note += f"; make loadtest {which}"
     return _with_status(line, math.nan, "inconclusive", note, offered=False)
