@@ -122,6 +122,16 @@ def test_texts_are_ranked_by_the_cross_encoder(page: Browser, url: str) -> None:
 
 
 @needs_chromium
+def test_another_model_removes_the_result_of_the_one_before(page: Browser) -> None:
+    page.js("document.querySelector('#rank-form').requestSubmit()")
+    page.wait(f"{RANK}.querySelector('.heard').innerText")
+    assert page.js(f"{RANK}.querySelector('.found').hidden") is False
+    page.js("document.querySelector('#rank-model').dispatchEvent(new Event('change', { bubbles: true }))")
+    assert page.js(f"{RANK}.querySelector('.found').hidden") is True
+    assert page.js(f"{RANK}.querySelector('.heard').innerText") == ""
+
+
+@needs_chromium
 def test_picked_titles_give_what_comes_next_by_keyboard(page: Browser, url: str) -> None:
     def shown(place: str) -> list[str]:
         return page.js(f"[...document.querySelectorAll('#recommend {place}')].map(each => each.innerText)")

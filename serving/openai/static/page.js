@@ -188,7 +188,7 @@ function draw(section, { rows, total, queue, inModel, rest, requests }) {
 }
 
 // Submitting the section's form, or calling the returned function, runs `run` and draws its result. An earlier, slower
-// run is dropped.
+// run is dropped. Choosing another model removes the result of the one before.
 function connect(id, run) {
   const section = one(id);
   section.insertBefore(one("#result").content.cloneNode(true), one("details", section));
@@ -197,6 +197,16 @@ function connect(id, run) {
     event.preventDefault();
     go();
   });
+  one("select", section).addEventListener("change", () => {
+    turns++;
+    section.ariaBusy = "false";
+    clear();
+  });
+  function clear(problem = "") {
+    one(".found", section).hidden = true;
+    one(".heard", section).textContent = "";
+    one(".problem", section).textContent = problem;
+  }
   async function go() {
     const turn = ++turns;
     section.ariaBusy = "true";
@@ -205,10 +215,7 @@ function connect(id, run) {
       const found = await run(one("select", section).value);
       if (turn === turns) draw(section, found);
     } catch (error) {
-      if (turn !== turns) return;
-      one(".found", section).hidden = true;
-      one(".heard", section).textContent = "";
-      one(".problem", section).textContent = error.message;
+      if (turn === turns) clear(error.message);
     } finally {
       if (turn === turns) section.ariaBusy = "false";
     }
@@ -274,7 +281,6 @@ one("#title").addEventListener("input", async (event) => {
 });
 one("#recommend-model").addEventListener("change", () => {
   picked.length = matches.length = 0;
-  one("#recommend .found").hidden = true;
   drawItems();
 });
 begin();
