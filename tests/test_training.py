@@ -55,6 +55,12 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(one, other) for one, other in pairs)
 
 
+def test_a_model_with_batch_norm_skips_a_last_batch_of_one_row() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    assert train_model(model, points(rows=33), points(1), cross_entropy, settings(max_epochs=1)).steps == 2
+    assert train_model(network(), points(rows=33), points(1), cross_entropy, settings(max_epochs=1)).steps == 3
+
+
 def test_it_learns_and_leaves_the_best_weights_in_eval_mode() -> None:
     model = network()
     with torch.no_grad():  # as code for inference may have it everywhere

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
 from safetensors.torch import save_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deepseek.checkpoints import Checkpoints, digest, probe
@@ -185,8 +186,13 @@ class _Run:
             sampler=self.order,
             num_workers=self.config.num_workers,
             generator=generator,
-            drop_last=self.way.drop_last,
+            drop_last=self.way.drop_last or self._leaves_a_row(),
         )
+
+    def _leaves_a_row(self) -> bool:
+        """Whether a batch of one row would end each epoch of a model with BatchNorm, which needs two rows."""
+        rows, size = len(cast(Sized, self.train_data)), self.way.batch_rows
+        return rows > size and rows % size == 1 and any(isinstance(each, _BatchNorm) for each in self.given.modules())
 
     def keep_checkpoints(self, folder: Path, identity: Mapping[str, object]) -> None:
         """Keeps checkpoints from now on, and resumes from the last one if there is any."""
