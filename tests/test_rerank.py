@@ -88,6 +88,16 @@ def test_a_long_pair_is_refused_if_the_caller_says_so(url: str) -> None:
     assert rerank(url, query="q", texts=["a"], truncate=False)[0] == 200
 
 
+def test_cutting_the_right_side_may_be_asked_for_but_not_the_left(url: str) -> None:
+    fields = {"query": "q", "texts": ["a", "b " * 70]}
+    expected = rerank(url, **fields)
+    assert expected[0] == 200
+    assert rerank(url, **fields, truncation_direction="Right") == expected  # LiteLLM always sends it
+    status, answer = rerank(url, **fields, truncation_direction="left")
+    assert status == 400
+    assert answer["error"]["message"] == 'truncation_direction: seen "left"; allowed: right'
+
+
 def test_pairs_and_their_tokens_are_counted(serving: Serving, url: str) -> None:
     before = scrape(serving)
     rerank(url, query="ab", texts=["abc", "a " * 100])

@@ -81,3 +81,5 @@ class RerankRequest(RequestBody):
     """True: each row of the answer also has the text."""
     truncate: Flag = None
     """False: a pair that is too long is refused. Else it is truncated."""
+    truncation_direction: Annotated[Literal["right", "Right"] | None, Allowed("right")] = None
+    """Changes nothing: long pairs are cut on the side that the model's `tokenizer.json` names, the right by default."""
