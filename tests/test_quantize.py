@@ -184,9 +184,24 @@ def test_samples_without_a_range_refuse_a_candidate_but_not_the_build(
     save_rows(path, rows)
     run = run_here("quantize", "--models", "tests/models", "--model", "image", "--precision", "int8", "--candidate")
     assert run.returncode == 0, run.stderr
-    reason = "samples('calibration'): row 0: input 'pixels': holds NaN or Inf"
+    reason = "activation 'pixels' is NaN or Inf on a calibration sample, so it has no range"
     assert f"int8 cannot be made; the build continues without it: {reason}" in run.stdout
     assert refusal(own_build / "image" / "int8" / "model.onnx")
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_missing_values_that_forward_replaces_do_not_refuse_a_candidate(
+    tmp_path: Path, own_build: Path, bits: int
+) -> None:
+    source = small(tmp_path, "return self.second(self.first(torch.where(x.isnan(), x.new_ones(()), x)).relu())")
+    export_model(source)
+    data = build_dir("small") / "calibration.npz"
+    rows = load_rows(data)
+    for row in rows:
+        row["x"][0, 0] = np.nan
+    save_rows(data, rows)
+    config = QuantConfig(weight_bits=bits, activation_bits=bits, calibration_data=data, high_precision="fp32")
+    assert sum(quantize_model(source.spec, config)["found"]["compute_operators"].values()) == 2
 
 
 def test_a_truncated_onnx_file_is_one_line_and_exit_2(copied: Path, no_children: None, run_here: RunHere) -> None:

@@ -48,7 +48,10 @@ class ActivationRanges:
         """Adds the activations of a batch; raises GateFailed if one is NaN or Inf."""
         for name, value in values.items():
             if not np.isfinite(value).all():
-                raise GateFailed(f"activation {name!r} is NaN or Inf on a calibration sample: it has no range")
+                raise GateFailed(
+                    f"activation {name!r} is NaN or Inf on a calibration sample, so it has no range: leave such "
+                    "samples out, or replace NaN and Inf in forward"
+                )
             peak = float(np.abs(value).max(initial=0))
             self.peaks[name] = max(self.peaks.get(name, 0.0), peak)
             if peak >= _LEAST_PEAK:
@@ -117,7 +120,7 @@ def _activations(path: Path, convolutions: bool) -> Callable[[Row], Row]:
 
     def run(batch: Row) -> Row:
         found = dict(zip(names, session.run(names, batch), strict=True)) if names else {}
-        return found | {name: batch[name] for name in inputs}
+        return {name: batch[name] for name in inputs} | found
 
     return run
 

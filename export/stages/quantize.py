@@ -41,7 +41,7 @@ from export.graphs.graph_file import save_graph
 from export.model_folder import ModelFolder
 from export.precision.activation_ranges import MOST_GROWTH
 from export.precision.calibrated_graph import copied
-from export.precision.calibration import Calibration, NotFinite, calibration_of
+from export.precision.calibration import Calibration, calibration_of
 from export.precision.ptq import check_source, fp16_from_onnx
 from export.precision.qdq import COMPUTE_OPS, found_precision, share_equal_weights
 from export.precision.quantize_8bit import log, to_8_bits
@@ -78,12 +78,7 @@ def quantize_model(
     path = onnx_path(spec.name, config.precision)
     own = need(rows_path(spec.name, "calibration"), f"deepseek to-onnx {flags_for(spec.name)}")
     data, evaluation = Path(config.calibration_data or own), load_rows(rows_path(spec.name, "evaluation"))
-    try:
-        calibration = calibration_of(spec, data, config.num_samples, evaluation)
-    except NotFinite as error:
-        if data != own:
-            raise
-        raise GateFailed(f"samples('calibration'): {str(error).removeprefix(f'{data}: ')}") from error
+    calibration = calibration_of(spec, data, config.num_samples, evaluation)
     if calibration.note:
         log.print(calibration.note, soft_wrap=True)
     check_source(source, config)
