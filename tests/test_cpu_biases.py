@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
-from export.precision.cpu.biases import with_scales_for_biases
-from export.precision.cpu.pairs import with_unsigned_activations
-from export.precision.cpu.products import with_biases_inside
-from export.precision.qdq import use_one_scale_a_tensor, with_8_bit_weights
-from tests.test_cpu_pairs import optimized, pair, steps
+from export.precision.cpu.biases import fit_scales_to_biases
+from export.precision.cpu.pairs import use_unsigned_activations
+from export.precision.cpu.products import merge_biases
+from export.precision.qdq import quantize_weights, use_one_scale_a_tensor
+from tests.test_cpu_pairs import changed, optimized, pair, steps
 from tests.test_cpu_products import run, wide
 
 CHANNELS = 6
@@ -62,7 +62,7 @@ def test_a_channel_with_weights_next_to_0_keeps_its_bias(
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
         use_one_scale_a_tensor(model)
     x = steps(tuple(map(int, settings["shape"].split(","))))
-    made = with_biases_inside(with_unsigned_activations(with_8_bit_weights(with_scales_for_biases(model))))
+    made = changed(model, fit_scales_to_biases, quantize_weights, use_unsigned_activations, merge_biases)
     onnx.checker.check_model(made, full_check=True)
     y = run(made, tmp_path, x)
     operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,8 @@ import onnxruntime
 import pytest
 
 from export.precision.activation_ranges import with_ranges
-from export.precision.cpu.pairs import pair_convolution_outputs, with_unsigned_activations
-from export.precision.qdq import with_8_bit_weights, with_high
+from export.precision.cpu.pairs import pair_convolution_outputs, use_unsigned_activations
+from export.precision.qdq import quantize_weights, with_high
 
 STEP = np.float32(0.04)
 
@@ -50,9 +52,17 @@ def quantized(nodes: str, weights: int = 1) -> onnx.ModelProto:
 def served(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The operators that ONNX Runtime runs, and y."""
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(with_unsigned_activations(with_8_bit_weights(model)), folder / "model.onnx")
+    onnx.save(changed(model, quantize_weights, use_unsigned_activations), folder / "model.onnx")
     operators = [node.op_type for node in optimized(folder / "model.onnx", folder).node]
     return operators, onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"x": x})[0]
+
+
+def changed(model: onnx.ModelProto, *changes: Callable[[onnx.ModelProto], None]) -> onnx.ModelProto:
+    """A copy of a graph, changed."""
+    copy = deepcopy(model)
+    for change in changes:
+        change(copy)
+    return copy
 
 
 def steps(shape: tuple[int, ...], most: int = 20) -> np.ndarray:
@@ -97,7 +107,7 @@ def test_the_steps_stay_symmetric_if_values_are_smaller_than_the_least_of_the_fu
     model = quantized(f"a = HardSwish (x) {pair('a')} y = Identity (a_d)")
     (step,) = (tensor for tensor in model.graph.initializer if tensor.name == "s")
     step.CopyFrom(onnx.numpy_helper.from_array(np.array(0.001, np.float32), "s"))
-    made = with_unsigned_activations(model)
+    made = changed(model, use_unsigned_activations)
     zeros = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
     assert [zeros[node.input[2]] for node in made.graph.node if node.input[0] == "a"] == [128]
 

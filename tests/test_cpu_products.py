@@ -9,10 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from export.precision.cpu.pairs import with_unsigned_activations
-from export.precision.cpu.products import batched_weights, with_biases_inside, with_readers_apart, with_wide_attention
-from export.precision.qdq import use_one_scale_a_tensor, with_8_bit_weights
-from tests.test_cpu_pairs import STEP, optimized, pair, steps
+from export.precision.cpu.pairs import use_unsigned_activations
+from export.precision.cpu.products import batched_weights, merge_biases, separate_readers, with_wide_attention
+from export.precision.qdq import quantize_weights, use_one_scale_a_tensor
+from tests.test_cpu_pairs import STEP, changed, optimized, pair, steps
 
 INPUTS, OUTPUTS = 8, 6
 
@@ -77,7 +77,7 @@ def wide(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_a_product_and_its_bias_run_in_integers(tmp_path: Path, nodes: str, settings: dict) -> None:
     model = graph(nodes, **settings)
     x = steps(tuple(map(int, settings.get("shape", "2, 3, 8").split(","))))
-    made = with_biases_inside(with_unsigned_activations(with_8_bit_weights(model)))
+    made = changed(model, quantize_weights, use_unsigned_activations, merge_biases)
     onnx.checker.check_model(made, full_check=True)
     y = run(made, tmp_path, x)
     operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
@@ -101,7 +101,7 @@ def test_a_product_and_its_bias_run_in_integers(tmp_path: Path, nodes: str, sett
 )
 def test_a_product_runs_in_integers_whatever_reads_it(tmp_path: Path, product: str, readers: str) -> None:
     model, x = graph(f"p = {product} {readers}", shape="3, 8"), steps((3, 8))
-    made = with_readers_apart(with_biases_inside(with_unsigned_activations(with_8_bit_weights(model))))
+    made = changed(model, quantize_weights, use_unsigned_activations, merge_biases, separate_readers)
     onnx.checker.check_model(made, full_check=True)
     y = run(made, tmp_path, x)
     operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
@@ -121,15 +121,15 @@ def test_a_product_runs_in_integers_whatever_reads_it(tmp_path: Path, product: s
     ],
 )
 def test_other_sums_stay_as_they_are(nodes: str, settings: dict) -> None:
-    model = with_8_bit_weights(graph(nodes, **settings))
-    assert with_biases_inside(model).graph.node == model.graph.node
+    model = changed(graph(nodes, **settings), quantize_weights)
+    assert changed(model, merge_biases).graph.node == model.graph.node
 
 
 def test_a_bias_too_large_for_the_steps_of_its_product_stays_wide() -> None:
     model = graph("y = Gemm (x_d, w_d, b)", shape="3, 8")
     model.graph.initializer[-2].CopyFrom(onnx.numpy_helper.from_array(np.full(OUTPUTS, 1e8, np.float32), "b"))
-    model = with_8_bit_weights(model)
-    assert with_biases_inside(model).graph.node == model.graph.node
+    quantize_weights(model)
+    assert changed(model, merge_biases).graph.node == model.graph.node
 
 
 def test_a_product_of_two_activations_reads_wide_values_and_one_of_weights_its_pair() -> None:
@@ -157,6 +157,6 @@ def test_weights_with_a_batch_axis_have_one_scale_and_their_product_runs_in_inte
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     use_one_scale_a_tensor(model, batched_weights(model))
     x = steps((1, 3, 8))
-    y = run(with_unsigned_activations(with_8_bit_weights(model)), tmp_path, x)
+    y = run(changed(model, quantize_weights, use_unsigned_activations), tmp_path, x)
     assert "MatMulIntegerToFloat" in [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
     np.testing.assert_allclose(y, x @ weight, atol=0.05)

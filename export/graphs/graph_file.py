@@ -16,11 +16,10 @@ def tensor_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Writes a graph; weights over 1 GiB go to `<path>.data`, since one protobuf holds at most 2 GiB."""
+    """Writes a graph. Weights over 1 GiB leave `model` for `<path>.data`, since one protobuf holds at most 2 GiB."""
     large = sum(map(tensor_bytes, model.graph.initializer)) > EXTERNAL_DATA_BYTES
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)  # onnx would append to an existing file
     onnx.save(model, path, save_as_external_data=large, location=data.name if large else None)
     if large:
         data.chmod(path.stat().st_mode)  # onnx makes it readable only by its owner
-        onnx.load_external_data_for_model(model, str(path.parent))  # onnx moved the weights out of `model`

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +25,20 @@ from export.graphs.graph_file import save_graph
 from export.model_folder import Predict
 from export.precision.activation_ranges import Points, ranges_by_samples, with_ranges
 from export.precision.calibration import Calibration
-from export.precision.cpu.biases import with_scales_for_biases
-from export.precision.cpu.pairs import pair_convolution_outputs, with_unsigned_activations
+from export.precision.cpu.biases import fit_scales_to_biases
+from export.precision.cpu.pairs import pair_convolution_outputs, use_unsigned_activations
 from export.precision.cpu.products import (
     batched_weights,
-    with_biases_inside,
-    with_readers_apart,
+    merge_biases,
+    separate_readers,
     with_wide_attention,
 )
 from export.precision.ptq import qdq_from_onnx
 from export.precision.qdq import (
     keep_residuals_wide,
+    quantize_weights,
     use_one_scale_a_tensor,
     use_wide_activations,
-    with_8_bit_weights,
 )
 from export.precision.sensitivity import output_error
 from export.rows import Row
@@ -85,10 +86,16 @@ class UnpublishedGraphs:
 
 def finished(model: onnx.ModelProto, config: QuantConfig) -> onnx.ModelProto:
     """The graph to publish: weights stored at 8 bits, in the form that ONNX Runtime computes in integers on a CPU."""
+    graph = deepcopy(model)
     if not _on_cpu(config):
-        return with_8_bit_weights(model)
-    model = with_8_bit_weights(with_scales_for_biases(model))
-    return with_readers_apart(with_biases_inside(with_unsigned_activations(model)))
+        quantize_weights(graph)
+        return graph
+    fit_scales_to_biases(graph)
+    quantize_weights(graph)
+    use_unsigned_activations(graph)
+    merge_biases(graph)
+    separate_readers(graph)
+    return graph
 
 
 def _on_cpu(config: QuantConfig) -> bool:

@@ -17,6 +17,7 @@ import onnx
 from deepseek.quantization import QuantConfig
 from deepseek.spec import GateFailed, InputError, one_line
 from export.precision.calibration import Calibration
+from export.precision.lookup_tables import WithTables, put_back, taken_out
 from export.quiet import quiet
 from export.rows import save_arrays
 
@@ -130,11 +131,12 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
     high, known = high_nodes(path, config), _dim_names(onnx.load(path, load_external_data=False).graph)
     made = path.parent / "made.onnx"
     betas = _with_ends(path)
+    tables = taken_out(path) if config.high_precision == "fp32" else []  # ModelOpt would make them fp16
     with _modelopt(config.precision):
         quantize(
             str(path),
             quantize_mode=config.precision,
-            calibration_data_reader=calibration,
+            calibration_data_reader=WithTables(calibration, tables),
             calibration_method=config.calibration_method,
             calibration_eps=["cpu"],
             op_types_to_quantize=list(config.op_types),
@@ -151,6 +153,7 @@ def qdq_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> 
             if attribute.name == "beta" and node.name in betas:  # ModelOpt makes it 1
                 attribute.f = betas[node.name]
         node.name = node.name.removesuffix(_END)
+    put_back(model.graph, tables)
     _forget_dims(model.graph, known)
     return model
 

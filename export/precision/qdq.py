@@ -239,22 +239,21 @@ def use_one_scale_a_tensor(model: onnx.ModelProto, weights: Collection[str] | No
             zero.CopyFrom(onnx.helper.make_tensor(zero.name, zero.data_type, [], bits, raw=True))
 
 
-def with_8_bit_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose weights are quantized now and not at each load: initializer -> DequantizeLinear."""
-    copy = deepcopy(model)
-    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+def quantize_weights(model: onnx.ModelProto) -> None:
+    """Quantizes the weights now and not at each load: initializer -> DequantizeLinear."""
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
     kept = []
-    for node in copy.graph.node:
+    for node in graph.node:
         if node.op_type == "QuantizeLinear" and node.input[0] in tensors:
             axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
             weight, scale, zero = (tensors[name] for name in node.input)
             values = _quantized(weight, scale, zero, axis)
-            copy.graph.initializer.append(onnx.numpy_helper.from_array(values, node.output[0]))
+            graph.initializer.append(onnx.numpy_helper.from_array(values, node.output[0]))
         else:
             kept.append(node)
-    replace_nodes(copy.graph, kept)
-    drop_unread(copy.graph)
-    return copy
+    replace_nodes(graph, kept)
+    drop_unread(graph)
 
 
 def _quantized(

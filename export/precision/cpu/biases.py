@@ -8,7 +8,6 @@ and adds a wrong bias in a convolution. Where all are 0, ModelOpt's scale is 1, 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,12 @@ _MOST_STEPS = 2**28  # twice as many behind a Relu, whose steps are half as larg
 _SMALLEST = 1e-20  # a scale of weights that are 0
 
 
-def with_scales_for_biases(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which each channel's bias fits into an int32, and the channels without weights keep their biases.
+def fit_scales_to_biases(model: onnx.ModelProto) -> None:
+    """Makes each channel's bias fit into an int32; channels without weights keep their biases.
 
     `model` has wide weights. Their larger steps add less than a thousandth of the bias as an error.
     """
-    copy = deepcopy(model)
-    graph, producers, readers = copy.graph, producers_of(copy.graph), readers_of(copy.graph)
+    graph, producers, readers = model.graph, producers_of(model.graph), readers_of(model.graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
     for node in graph.node:
@@ -49,7 +47,6 @@ def with_scales_for_biases(model: onnx.ModelProto) -> onnx.ModelProto:
         if bias.ndim == 1 and np.isfinite(bias).all():
             fitting = _fitting(bias, weights, of_activation, scales, pair)
             tensors[names[-1]].CopyFrom(onnx.numpy_helper.from_array(fitting, names[-1]))
-    return copy
 
 
 def _fitting(bias: Values, weights: Values, of_activation: Values, scales: Values, pair: onnx.NodeProto) -> Values:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -102,8 +101,8 @@ def _new_pair(
     )
 
 
-def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose int8 activations are uint8 with a zero point of 128: the same steps, the same values.
+def use_unsigned_activations(model: onnx.ModelProto) -> None:
+    """Makes int8 activations uint8 with a zero point of 128: the same steps, the same values.
 
     ONNX Runtime's x86 kernels take unsigned activations. It converts signed pairs itself, except one that several
     products read: it runs those in fp32 and dequantizes their weights at every call.
@@ -112,30 +111,28 @@ def with_unsigned_activations(model: onnx.ModelProto) -> onnx.ModelProto:
     about half as large. Behind a Relu the zero point is 0: QuantizeLinear then clips as the Relu does, so ONNX Runtime
     drops the Relu. It computes a convolution in 8 bits only if QuantizeLinear follows directly.
     """
-    copy = deepcopy(model)
-    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
-    producers = producers_of(copy.graph)
+    graph, producers = model.graph, producers_of(model.graph)
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
     signed = {
         node.output[0]: _steps(node, producers, tensors)
-        for node in copy.graph.node
+        for node in graph.node
         if node.op_type == "QuantizeLinear"
         and len(node.input) > 2
         and tensors[node.input[2]].data_type == onnx.TensorProto.INT8
         and not tensors[node.input[2]].dims  # per channel: a weight behind another node
     }
-    for node in copy.graph.node:
+    for node in graph.node:
         between = {"QuantizeLinear": node.output[0], "DequantizeLinear": node.input[0]}.get(node.op_type)
         if between in signed:
             step, zero = signed[between]
             for place, value, name in ((1, step, f"{between}_step"), (2, zero, f"zero_point_{zero}_of_uint8")):
                 if name not in tensors:
                     tensors[name] = onnx.numpy_helper.from_array(value, name)
-                    copy.graph.initializer.append(tensors[name])
+                    graph.initializer.append(tensors[name])
                 node.input[place] = name
-    for value in [value for value in copy.graph.value_info if value.name in signed]:
-        copy.graph.value_info.remove(value)
-    drop_unread(copy.graph)
-    return copy
+    for value in [value for value in graph.value_info if value.name in signed]:
+        graph.value_info.remove(value)
+    drop_unread(graph)
 
 
 def _steps(

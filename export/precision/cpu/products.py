@@ -61,13 +61,12 @@ class _Product(NamedTuple):
     """By output: the step of the activation times the step of the weights."""
 
 
-def with_biases_inside(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which each product in 8 bits and its bias are one Gemm, with the bias as an int32.
+def merge_biases(model: onnx.ModelProto) -> None:
+    """Makes each product in 8 bits and its bias one Gemm, with the bias as an int32.
 
     `model` has its weights in 8 bits.
     """
-    copy = deepcopy(model)
-    graph, producers, readers = copy.graph, producers_of(copy.graph), readers_of(copy.graph)
+    graph, producers, readers = model.graph, producers_of(model.graph), readers_of(model.graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
     nodes: list[onnx.NodeProto] = []
@@ -84,7 +83,6 @@ def with_biases_inside(model: onnx.ModelProto) -> onnx.ModelProto:
             made.add(output)
     replace_nodes(graph, nodes)
     drop_unread(graph)
-    return copy
 
 
 def _product(
@@ -156,14 +154,13 @@ def _gemm(product: _Product, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     ]
 
 
-def with_readers_apart(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with a Reshape to the same shape behind each product that ONNX Runtime would compute in fp32 otherwise.
+def separate_readers(model: onnx.ModelProto) -> None:
+    """Puts a Reshape to the same shape behind each product that ONNX Runtime would compute in fp32 otherwise.
 
     It does so for the readers of the output: a QuantizeLinear beside another reader, or a Relu or Clip that no
     QuantizeLinear makes redundant. A Reshape copies nothing.
     """
-    copy = deepcopy(model)
-    graph, producers, readers = copy.graph, producers_of(copy.graph), readers_of(copy.graph)
+    graph, producers, readers = model.graph, producers_of(model.graph), readers_of(model.graph)
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
 
@@ -190,4 +187,3 @@ def with_readers_apart(model: onnx.ModelProto) -> onnx.ModelProto:
                 nodes.append(onnx.helper.make_node("Shape", [node.output[0]], [shape], shape))
             nodes.append(onnx.helper.make_node("Reshape", [node.output[0], shape], [output], f"{output}_same"))
     replace_nodes(graph, nodes)
-    return copy
