@@ -49,7 +49,7 @@ NOW = datetime(2026, 11, 25, tzinfo=UTC)
         ({"limited_by": "p99_ms", "trials": (trial(2, "fails"),)}, 1, "no rate holds, down to 2/s: p99_ms"),
         ({"limited_by": "generator"}, 3, "capacity inconclusive; the generator, not the server"),
         (FOUND | {"limited_by": "generator"}, 3, "at least 95/s; the generator, not the server"),
-        (FOUND | {"limited_by": "time", "confirmed": False}, 3, "at least 95/s, not confirmed: the limit on time"),
+        (FOUND | {"limited_by": "time", "confirmed": False}, 3, "about 95/s, not confirmed: the limit on time"),
         (
             {"limited_by": "time", "trials": (trial(2, "fails"),)},
             3,

@@ -42,7 +42,7 @@ def latency_by_rate(capacity: Capacity) -> str:
     if limit:
         chart.limit(limit, f"SLO: p99 {ms(limit)}", left=True)  # the left end, where low rates leave room
     if capacity.capacity_rps is not None:
-        least = "at least " if capacity.limited_by == "generator" else ""
+        least = "about " if not capacity.confirmed else "at least " if capacity.limited_by == "generator" else ""
         chart.at(capacity.capacity_rps, f"{least}{capacity.capacity_rps:g}/s", "capacity")
     chart.line(_typical(trials), "median")
     for trial in trials:

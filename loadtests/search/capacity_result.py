@@ -107,7 +107,8 @@ class Capacity(SavedResult):
         return f"capacity {rate}, limited by {self.limited_by}{fails}{wanted}"
 
     def _undecided(self, rate: str) -> str:
-        least = f"at least {rate}{'' if self.confirmed else ', not confirmed'}" if rate else "inconclusive"
+        proved = f"at least {rate}" if self.confirmed else f"about {rate}, not confirmed"
+        least = proved if rate else "inconclusive"
         if self.limited_by == GENERATOR:
             return f"capacity {least}; the generator, not the server, is the limit: see the invalid trials"
         if not rate and (failed := [trial for trial in self.trials if trial.outcome == "fails"]):
