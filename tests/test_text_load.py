@@ -181,6 +181,16 @@ def test_a_file_of_texts_that_cannot_be_read_is_one_line(tmp_path: Path) -> None
         count_rows(path)
 
 
+@pytest.mark.parametrize(("name", "content"), [("texts.jsonl", '{"text": "a"}'), ("texts.TXT", "a\nb"), ("a.npz", "")])
+def test_a_file_of_another_kind_is_told_what_texts_go_into(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(
+        InputError, match=r"not an \.npz file of inputs \(texts go into a \.txt file, one on each line;"
+    ):
+        count_rows(path)
+
+
 def test_the_gateway_takes_the_largest_pairs_and_a_load_test(
     serving: Serving, built_reranker: Path, tmp_path: Path, load_test: RunHere
 ) -> None:

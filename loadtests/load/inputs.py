@@ -140,7 +140,10 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
     except InputError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path}: not an .npz file of inputs ({error})") from None
+        # Of another file, numpy says that it is a pickle, and how to load that.
+        known = isinstance(error, OSError) or zipfile.is_zipfile(path)
+        why = error if known else "texts go into a .txt file, one on each line; pairs of texts into a .tsv file"
+        raise InputError(f"{path}: not an .npz file of inputs ({why})") from None
 
 
 def how_to_fix(path: Path) -> str:
