@@ -251,7 +251,7 @@ def test_the_highest_rate_that_holds_is_drawn() -> None:
 def test_a_search_that_the_generator_limited_shows_a_lower_bound() -> None:
     unsent = trial(5000, "invalid", run="")
     settings = ServerSettings(max_batch=8, instances=2, threads=0)
-    changes = {"limited_by": "generator", "confirmed": False, "settings": settings}
+    changes = {"limited_by": "generator", "confirmed": True, "settings": settings}
     html = capacity_page(CAPACITY.model_copy(update={"trials": (*CAPACITY.trials, unsent), **changes}))
     text = text_of(html)
     assert "At least 200 requests/s" in text
@@ -259,6 +259,10 @@ def test_a_search_that_the_generator_limited_shows_a_lower_bound() -> None:
     assert "5000/s invalid" not in html  # not a point of the chart
     assert "5000 - - - - ?" in text
     assert "instances 2 threads automatic" in text
+    changes["confirmed"] = False
+    text = text_of(capacity_page(CAPACITY.model_copy(update=changes)))
+    assert "About 200 requests/s, not confirmed" in text
+    assert "about 200/s" in text
 
 
 def test_the_chart_of_a_search_for_settings_shows_default_and_best() -> None:

@@ -148,7 +148,11 @@ def capacity_page(capacity: Capacity) -> str:
     held = capacity.capacity_rps
     title = "No rate meets the SLO" if held is None else f"Meets the SLO up to {held:g} requests/s"
     if capacity.exit_code == ExitCode.INVALID:
-        title = "Inconclusive" if held is None else f"At least {held:g} requests/s"
+        title = "Inconclusive"
+        if held is not None:
+            title = (
+                f"At least {held:g} requests/s" if capacity.confirmed else f"About {held:g} requests/s, not confirmed"
+            )
     status = {ExitCode.PASS: "holds", ExitCode.GATE_FAILED: "violated"}.get(capacity.exit_code, "inconclusive")
     about = f"{capacity.model} on {capacity.target}, {capacity.precision or 'unknown precision'}, {capacity.protocol}"
     subject = f"{about} at {capacity.url}: {', '.join(capacity.objectives)}"
