@@ -166,8 +166,14 @@ def test_a_size_baked_into_forward_is_refused(tmp_path: Path, body: str, capfd: 
         "return x.mean(1) / math.sqrt(x.shape[1])",
         "return x.mean(1) + (x * 9 % x.shape[1] + (x * 9).long() % x.shape[1]).mean(1)",
         "pool = torch.nn.MaxPool1d(3, 2, 1, ceil_mode=True); return pool(x.mT).mean(2) + x.mean(1)",
+        "return torch.nn.AdaptiveMaxPool2d((None, 1))(x.mT[:, None]).flatten(1)",
+        "return torch.nn.AdaptiveAvgPool2d((1, None))(x[:, None]).flatten(1)",
+        "return self.longer(x[:, ::2].mT, output_size=x.shape[1:2]).mean(2)",
     ],
-    ids=["after a recurrent layer", "rounded up", "as a number of steps", "under a root", "as a divisor", "in windows"],
+    ids=[
+        *("after a recurrent layer", "rounded up", "as a number of steps", "under a root", "as a divisor"),
+        *("in windows", "in a row of maxima", "in a row of means", "as a size of a convolution"),
+    ],
 )
 def test_the_length_of_a_sequence_stays_dynamic(tmp_path: Path, body: str) -> None:
     shape = 'shape = ["batch", "length", 8]'
@@ -180,6 +186,7 @@ def load():
     model = Tiny()
     model.recurrent = torch.nn.LSTM(8, 8, batch_first=True)
     model.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    model.longer = torch.nn.ConvTranspose1d(8, 8, 3, 2, 1)
     return model
 
 def samples(split):

@@ -46,6 +46,10 @@ def traceable() -> Iterator[None]:
 
     nn.EmbeddingBag: the exporter writes a loop over the rows. It is slow, and AutoCast refuses it.
 
+    nn.AdaptiveAvgPool2d((1, None)), also of maxima: the exporter writes windows of the traced size.
+
+    nn.ConvTranspose1d and 2d with `output_size`: the padding at the end depends on a size, which ONNX does not allow.
+
     nn.MaxPool1d, torch.linspace and math.sqrt: a size becomes a constant.
     """
     with contextlib.ExitStack() as replaced:
@@ -62,7 +66,7 @@ def traceable() -> Iterator[None]:
         replaced.enter_context(mock.patch.object(torch, "linspace", _linspace))
         replaced.enter_context(mock.patch.object(torch, "max_pool1d", _max_pool1d))
         replaced.enter_context(mock.patch.object(math, "sqrt", _sqrt))
-        for name, own in (("embedding_bag", _embedding_bag), ("scaled_dot_product_attention", _attention)):
+        for name, own in _OWN.items():
             replaced.enter_context(mock.patch.object(torch.nn.functional, name, own))
         yield
 
@@ -164,6 +168,54 @@ def _attention(
         rows = attn_mask.shape[-2]  # a SymInt must not be compared: that would be a condition of the graph
         attn_mask = attn_mask > -torch.inf if isinstance(rows, int) and rows == 1 else None
     return found if attn_mask is None else torch.where(attn_mask.any(-1, keepdim=True), found, 0.0)
+
+
+def _pool_of_one_axis(reduce: Callable[..., torch.Tensor], pool: Callable[..., Any]) -> Callable[..., Any]:
+    """`pool`, or a reduction of the axes with one cell if each other axis keeps its size."""
+
+    def pooled(input: torch.Tensor, output_size: Any, *rest: Any, **named: Any) -> Any:
+        sizes = (output_size,) * 2 if isinstance(output_size, int | None) else tuple(output_size)
+        axes = [place - len(sizes) for place, size in enumerate(sizes) if size == 1]
+        if any(rest) or any(named.values()) or len(axes) + sizes.count(None) < len(sizes) or None not in sizes:
+            return pool(input, output_size, *rest, **named)
+        return reduce(input, axes, keepdim=True) if axes else input
+
+    return pooled
+
+
+def _cut(convolve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A transposed convolution; if its padding at the end depends on a size, with all of it, then cut."""
+
+    def convolved(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        *rest: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        ends = output_padding if isinstance(output_padding, tuple | list) else ()
+        if all(isinstance(end, int) for end in ends):
+            return convolve(input, weight, bias, stride, padding, output_padding, *rest, **named)
+        steps = stride if isinstance(stride, tuple | list) else (stride,) * len(ends)
+        found = convolve(input, weight, bias, stride, padding, [step - 1 for step in steps], *rest, **named)
+        for axis, (end, step) in enumerate(zip(ends, steps, strict=True), start=-len(ends)):
+            found = found.narrow(axis, 0, found.shape[axis] - (step - 1) + end)
+        return found
+
+    return convolved
+
+
+_OWN = {
+    "embedding_bag": _embedding_bag,
+    "scaled_dot_product_attention": _attention,
+    "adaptive_avg_pool2d": _pool_of_one_axis(torch.mean, torch.nn.functional.adaptive_avg_pool2d),
+    "adaptive_max_pool2d": _pool_of_one_axis(torch.amax, torch.nn.functional.adaptive_max_pool2d),
+    "conv_transpose1d": _cut(torch.nn.functional.conv_transpose1d),
+    "conv_transpose2d": _cut(torch.nn.functional.conv_transpose2d),
+}
 
 
 def _is_causal(mask: object, is_causal: bool | None = None, size: int | None = None) -> bool:
