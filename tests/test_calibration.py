@@ -175,8 +175,9 @@ def test_entropy_clips_a_rare_value_and_max_does_not() -> None:
         ([0.1, 0.1, 0.1, 0.2], r"not settled \(\+100% from 32 to 64\)"),
         ([0.2, 0.2], "16 samples are too few to see a trend"),
         ([0.0, 0.0, 0.0], "flat from 8 samples on"),
+        ([2e4, 2e4, 2e4], "NaN or Inf at other places than in fp32: more samples will not help"),
     ],
-    ids=["flat", "falling", "rising", "short", "no error"],
+    ids=["flat", "falling", "rising", "short", "no error", "NaN"],
 )
 def test_the_conclusion_says_whether_more_samples_would_help(errors: list[float], message: str) -> None:
     curve: list[dict[str, Any]] = [{"samples": 8 << index, "error": error} for index, error in enumerate(errors)]

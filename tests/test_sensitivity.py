@@ -134,5 +134,10 @@ def test_errors_are_relative_squares_and_shares_of_entries() -> None:
     reference = [{"y": np.array([3.0, 4.0], np.float32), "items": np.array([1, 2, 3, 4])}]
     outputs = [{"y": np.array([3.0, 5.0], np.float32), "items": np.array([2, 1, 3, 9])}]
     assert squared_errors(outputs, reference) == [pytest.approx(1 / 25), pytest.approx(0.25)]
+    reference.append({"y": np.array([-np.inf, np.nan, 5.0], np.float32), "items": np.array([1])})
+    outputs.append({"y": np.array([-np.inf, np.nan, 5.0], np.float32), "items": np.array([1])})
+    assert squared_errors(outputs, reference)[0] == pytest.approx(1 / 50)
+    outputs[1]["y"][0] = 3
+    assert squared_errors(outputs, reference)[0] == 1e9
     outputs[0]["y"][0] = np.nan
     assert squared_errors(outputs, reference)[0] == 1e9

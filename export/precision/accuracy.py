@@ -51,7 +51,7 @@ def _float_parity(pairs: Pairs) -> dict[str, float]:
     tops: list[float] = []
     numbers = all(value.size == ref.size == 1 for value, ref in pairs)
     for value, ref in [_as_vector(pairs)] if numbers else pairs:
-        if not _alike(value, ref):
+        if not alike(value, ref):
             worst, cosines, tops = math.inf, [*cosines, -1.0], [*tops, 0.0]
             continue
         finite = np.isfinite(ref)
@@ -83,7 +83,7 @@ def _centred(value: np.ndarray, ref: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return value, ref
 
 
-def _alike(value: np.ndarray, ref: np.ndarray) -> bool:
+def alike(value: np.ndarray, ref: np.ndarray) -> bool:
     """Same shape, and NaN and Inf at the same places."""
     special = ~np.isfinite(ref)
     return (

@@ -27,6 +27,7 @@ FIRST = 8
 FLAT = 0.05  # share of the final error; smaller differences are ignored
 # Entropy keeps the first batch's bin width and tries each range, so its cost is (128 bins x growth) squared.
 MOST_GROWTH = 64.0
+ENDLESS = 1000.0  # output errors beyond this come from NaN or Inf at other places than in fp32
 _BINS = 128  # the default of ONNX Runtime's calibrator
 _LEAST_PEAK = 1e-30  # of a range that can be divided into bins: smaller numbers have too few digits
 
@@ -158,6 +159,8 @@ def would_more_help(curve: list[dict[str, Any]]) -> str:
     last = curve[-1]
     if len(curve) < 3:
         return f"{last['samples']} samples are too few to see a trend: add samples"
+    if last["error"] > ENDLESS:
+        return "NaN or Inf at other places than in fp32: more samples will not help"
     near = [abs(point["error"] - last["error"]) <= FLAT * last["error"] for point in curve]
     flat = next(index for index in range(len(curve)) if all(near[index:]))
     if flat < len(curve) - 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,8 +34,12 @@ def choose(
     accepted = [name for name in wanted if judged[name].accepted]
     if not accepted:
         shown = {name: each for name, each in judged.items() if asked <= (name in candidates)}
-        drops = ", ".join(f"{name} {each.drop:.2%}{each.doubt}" for name, each in shown.items())
-        advice = "raise it, or choose with PRECISION=auto" if asked else "not even fp32 is"
+        finite = {name: math.isfinite(each.drop) for name, each in shown.items()}
+        texts = {name: f"{each.drop:.2%}" if finite[name] else "infinite" for name, each in shown.items()}
+        drops = ", ".join(f"{name} {texts[name]}{each.doubt}" for name, each in shown.items())
+        advice = "choose with PRECISION=auto" if asked else "not even fp32 is"
+        if asked and any(finite.values()):
+            advice = f"raise it, or {advice}"
         allowed = next(iter(judged.values())).max_drop
         raise GateFailed(f"no candidate is inside max_drop {allowed:.2%} (drops: {drops}); {advice}")
     chosen, *others = sorted(accepted, key=lambda name: (-_bits(name), judged[name].drop))

@@ -20,12 +20,13 @@ from rich import box
 from rich.table import Table
 
 from deepseek.spec.paired_drop import DropJudgement, interval_text
-from export.precision.accuracy import common
+from export.precision.accuracy import alike, common
 from export.precision.qdq import quantized_layers, with_high
 from export.rows import Row
 
 RANKING_ROWS = 32
 SHOWN_LAYERS = 20
+BOUNDLESS = 1e9  # squared error of an output with NaN or Inf where fp32 has none, or the other way round
 
 Run = Callable[[onnx.ModelProto], list[Row]]
 """The outputs of a graph, row by row."""
@@ -44,14 +45,21 @@ def layer_shares(model: onnx.ModelProto, run: Run) -> dict[str, float]:
 
 
 def squared_errors(outputs: Sequence[Row], reference: Sequence[Row]) -> list[float]:
-    """By output: squared error relative to the squared reference; for integers the share of differing entries."""
+    """By output: squared error relative to the squared reference; for integers the share of differing entries.
+
+    NaN and Inf at the same places, such as the score -Inf of a masked item, are no error; at other places, a huge one.
+    """
     errors = []
     for name in reference[0]:
         pairs = [(row[name], expected[name]) for row, expected in zip(outputs, reference, strict=True)]
         if reference[0][name].dtype.kind == "f":
-            wrong = sum(float(np.square(value.astype(np.float64) - ref).sum()) for value, ref in pairs)
-            scale = sum(float(np.square(ref.astype(np.float64)).sum()) for _, ref in pairs)
-            errors.append(float(np.nan_to_num(wrong / (scale or 1.0), nan=1e9, posinf=1e9)))
+            if not all(alike(value, ref) for value, ref in pairs):
+                errors.append(BOUNDLESS)
+                continue
+            finite = [(value[np.isfinite(ref)].astype(np.float64), ref[np.isfinite(ref)]) for value, ref in pairs]
+            wrong = sum(float(np.square(value - ref).sum()) for value, ref in finite)
+            scale = sum(float(np.square(ref.astype(np.float64)).sum()) for _, ref in finite)
+            errors.append(min(wrong / (scale or 1.0), BOUNDLESS))
         else:
             errors.append(1 - common(pairs))
     return errors

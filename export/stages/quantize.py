@@ -39,7 +39,7 @@ from export.artifact import (
 from export.cache import put_in_place, refined, stage_key
 from export.graphs.graph_file import save_graph
 from export.model_folder import ModelFolder
-from export.precision.activation_ranges import MOST_GROWTH
+from export.precision.activation_ranges import ENDLESS, MOST_GROWTH
 from export.precision.calibrated_graph import copied
 from export.precision.calibration import Calibration, calibration_of
 from export.precision.ptq import check_source, fp16_from_onnx
@@ -166,19 +166,23 @@ def _lengths(elements: Mapping[str, Sequence[int]]) -> str:
     return f"elements of {', '.join(varied)}" if varied else "all of one size"
 
 
+def _error_text(error: float) -> str:
+    return "infinite" if error > ENDLESS else f"{error:.3%}"
+
+
 def _show_calibration(report: dict[str, Any]) -> None:
     print(f"calibration: {report['rows']} rows ({_lengths(report['elements'])}), by {report['method']}")
     if report["errors"]:
         print(
             "calibration: output error "
-            + ", ".join(f"{error:.3%} by {name}" for name, error in report["errors"].items())
+            + ", ".join(f"{_error_text(error)} by {name}" for name, error in report["errors"].items())
         )
     elif report["growth"] > MOST_GROWTH:
         print(
             f"calibration: an activation grows {report['growth']:.3g}-fold past its first batch: no ranges by entropy"
         )
     table = Table("samples", *(str(point["samples"]) for point in report["curve"]), box=box.SIMPLE_HEAD)
-    table.add_row("output error", *(f"{point['error']:.3%}" for point in report["curve"]))
+    table.add_row("output error", *(_error_text(point["error"]) for point in report["curve"]))
     Console(width=max(Console().width, 100), markup=False).print(table)
     print(f"calibration: {report['conclusion']}")
 
