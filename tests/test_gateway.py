@@ -240,7 +240,10 @@ def test_the_log_makes_a_file_to_replay(gateway: Gateway, tmp_path: Path) -> Non
         logged += gateway.lines(id=f"replay-{protocol}")
     gateway.http("POST", INFER, key="wrong", body=json_body())
     logged += gateway.lines(refusal="401")[-1:]
-    log = "\n".join(["nginx: not JSON", *map(json.dumps, logged)])
+    lines = [json.dumps(line, separators=(",", ":")) for line in logged]  # as nginx writes them
+    log = "\n".join(
+        ["nginx: not JSON", lines[0], *(f"\x1b[2K{line}" for line in lines[1:])]
+    )  # as Compose 2.26 shows them
     made = subprocess.run([sys.executable, "-c", script], input=log, check=True, capture_output=True, text=True)
     (tmp_path / "traffic.csv").write_text(made.stdout)
     more = read_traffic(tmp_path / "traffic.csv", {"add_one": 1}).of("add_one").values - sizes
