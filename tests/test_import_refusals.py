@@ -105,6 +105,8 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (as_adapter, (), "config.json: no such file; the folder is an adapter of PEFT; merge it into its model"),
     (config(quantization_config={"quant_method": "gptq"}), (), "quantization_config: seen 'gptq', but the build quantizes itself"),
     (with_file("config.json", "{"), (), "config.json: cannot be read as JSON"),
+    (with_file("config.json", "[" * 100_000), (), "config.json: cannot be read as JSON"),
+    (with_file("modules.json", "[" * 100_000), (), "modules.json: cannot be read (RecursionError"),
     (config(hidden_size=None), (), "config.json: hidden_size: seen None; a whole number, 0 or more, is needed"),
     (config(max_position_embeddings=0), (), "max_position_embeddings: seen 0; more than 0 is needed"),
     (config(id2label={"1": "x"}), (), "id2label: seen {'1': 'x'}; a name for each id from 0 is needed"),

@@ -15,7 +15,7 @@ def read_object(path: Path, why: str) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; {why}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); copy the checkpoint again") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: seen {type(found).__name__}; a JSON object is needed; copy the checkpoint again")

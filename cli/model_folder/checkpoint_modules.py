@@ -48,7 +48,7 @@ def read_modules(folder: Path) -> list[Module]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         found = [Module(kind=_kind(row["type"]), folder=folder / str(row.get("path", ""))) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error!r}); copy the checkpoint again") from None
     kinds = [module.kind for module in found]
     if kinds[:2] not in ([], ["Transformer"], ["Transformer", "Pooling"]) or {*kinds[2:]} - {"Dense", "Normalize"}:
