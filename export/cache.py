@@ -156,8 +156,8 @@ def fetch(key: str, destination: Path, check: Callable[[Path], object] | None = 
 def alone_with(key: str | None) -> Iterator[None]:
     """Lets one process at a time make the entry of a key; others print that they wait, and then find it.
 
-    The lock is one byte of a shared file, at an offset derived from the key, and ends with its process. Without a
-    writable cache there is no lock.
+    The lock is one byte of a shared file, at an offset derived from the key, and ends with its process. A cache that
+    cannot be written has none.
     """
     with contextlib.ExitStack() as held:
         if key is not None:

@@ -236,7 +236,7 @@ def test_stop_on_locusts_page_ends_the_run_without_a_result(tiny: tuple[Embedded
             pass
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert errors.splitlines()[-1].startswith("error: stopped on Locust's page before its end; nothing was saved: let")
+    assert errors.splitlines()[-1].startswith("error: stopped on Locust's page before its end; nothing was saved: wait")
     assert list((build / "tiny" / "loadtests").iterdir()) == []
 
 

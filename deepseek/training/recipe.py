@@ -190,7 +190,7 @@ class _Run:
         )
 
     def _leaves_a_row(self) -> bool:
-        """Whether a batch of one row would end each epoch of a model with BatchNorm, which needs two rows."""
+        """Whether each epoch would end with a single row, too few for BatchNorm."""
         rows, size = len(cast(Sized, self.train_data)), self.way.batch_rows
         return rows > size and rows % size == 1 and any(isinstance(each, _BatchNorm) for each in self.given.modules())
 

@@ -171,7 +171,7 @@ def _attention(
 
 
 def _pool_of_one_axis(reduce: Callable[..., torch.Tensor], pool: Callable[..., Any]) -> Callable[..., Any]:
-    """`pool`, or a reduction of the axes with one cell if each other axis keeps its size."""
+    """`pool`, replaced by a reduction where one axis shrinks to one cell and the other keeps its size."""
 
     def pooled(input: torch.Tensor, output_size: Any, *rest: Any, **named: Any) -> Any:
         sizes = (output_size,) * 2 if isinstance(output_size, int | None) else tuple(output_size)

@@ -47,7 +47,8 @@ def layer_shares(model: onnx.ModelProto, run: Run) -> dict[str, float]:
 def squared_errors(outputs: Sequence[Row], reference: Sequence[Row]) -> list[float]:
     """By output: squared error relative to the squared reference; for integers the share of differing entries.
 
-    NaN and Inf at the same places, such as the score -Inf of a masked item, are no error; at other places, a huge one.
+    NaN and Inf at the same places are ignored: a masked item may have the score -Inf. At other places they count as
+    BOUNDLESS.
     """
     errors = []
     for name in reference[0]:

@@ -140,7 +140,7 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
     except InputError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        # Of another file, numpy says that it is a pickle, and how to load that.
+        # numpy takes any other file for a pickle, and says how to load that.
         known = isinstance(error, OSError) or zipfile.is_zipfile(path)
         why = error if known else "texts go into a .txt file, one on each line; pairs of texts into a .tsv file"
         raise InputError(f"{path}: not an .npz file of inputs ({why})") from None

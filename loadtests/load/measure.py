@@ -238,8 +238,8 @@ def _show_progress(process: subprocess.Popen[str], settings: LoadSettings, conso
                 raise InvalidMeasurement(f"the load generator could not be prepared: {said['unprepared']}")
             if "stopped" in said:
                 raise InvalidMeasurement(
-                    "stopped on Locust's page before its end; nothing was saved: let it run to the end, or measure for "
-                    "less time (--duration-s, DURATION_S=)"
+                    "stopped on Locust's page before its end; nothing was saved: wait until it finishes, or measure "
+                    "for less time (--duration-s, DURATION_S=)"
                 )
             if "unwritten" in said:
                 raise OSError(*said["unwritten"])
