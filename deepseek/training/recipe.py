@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import accelerate
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from deepseek.checkpoints import Checkpoints, digest, probe
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import beside
 from deepseek.training.batch_size import fitting_batch
+from deepseek.training.loader import EpochSampler, leaves_a_row, loader_of
 from deepseek.training.memory import used_bytes
 from deepseek.training.meter import LossWatch, cure
 from deepseek.training.outcome import Epoch, Position, TrainingDiverged, TrainingResult
@@ -36,29 +35,13 @@ from deepseek.training.switches import (
     own_forward_afterwards,
     running_average,
 )
-from deepseek.training.ways import Data, LossFunction, Sharded, Weights, check_parallel, copied, rows_of
+from deepseek.training.ways import Data, LossFunction, Sharded, Weights, check_parallel, checked, copied, rows_of
 
 if TYPE_CHECKING:
     from deepseek.training.pipeline import Pipeline
 
 
 NAN_ADVICE = "Try a lower learning rate, and look for NaN or huge values in the data"
-
-
-class _EpochSampler(Sampler[int]):
-    """A random order that depends only on seed and epoch, so that a resumed epoch has the same order."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist())
 
 
 @torch.enable_grad()  # the caller's code may have turned gradients off, as for inference
@@ -91,28 +74,10 @@ def train_model(
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     with own_forward_afterwards(model):
-        run = _Run(model, train_data, validation_data, _checked(loss), config, checkpoints, report)
+        run = _Run(model, train_data, validation_data, checked(loss), config, checkpoints, report)
         if checkpoints is not None:
             run.keep_checkpoints(Path(checkpoints), identity or {})
         return run.train()
-
-
-def _checked(loss: LossFunction) -> LossFunction:
-    """The same function; raises InputError unless it returns one number, with a gradient while training."""
-
-    def checked(model: nn.Module, batch: Any) -> Tensor:
-        value: Any = loss(model, batch)
-        if not isinstance(value, Tensor):
-            seen = type(value).__name__
-        elif value.numel() != 1:
-            seen = f"a tensor of shape {[*value.shape]}"
-        elif torch.is_grad_enabled() and not value.requires_grad:
-            seen = "a tensor without a gradient"
-        else:
-            return value
-        raise InputError(f"loss(model, batch): seen {seen}; allowed: a tensor of one number, computed from the model")
-
-    return checked
 
 
 class _Run:
@@ -140,8 +105,10 @@ class _Run:
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.raw_optimizer, patience=config.plateau_patience or 0, factor=config.plateau_factor, threshold=0
         )
-        self.order = _EpochSampler(len(cast(Sized, train_data)), config.seed)
-        self.way.prepare(self.raw_optimizer, self._loader(), validation_data)
+        self.order = EpochSampler(len(cast(Sized, train_data)), config.seed)
+        drop_last = self.way.drop_last or leaves_a_row(model, len(self.order), self.way.batch_rows)
+        loader = loader_of(train_data, self.order, self.way.batch_rows, config, drop_last=drop_last)
+        self.way.prepare(self.raw_optimizer, loader, validation_data)
         self.position = Position(watch=LossWatch(config.explosion_factor))
         self.accelerator.register_for_checkpointing(self.position, self.plateau, *filter(None, [self.average]))
         self.steps_per_epoch = math.ceil(len(self.way.train) / self.way.accumulation_steps)
@@ -175,24 +142,6 @@ class _Run:
         self.given.to(home)
         self.found = mine.line
         return replace(config, batch_size=min(gather_object([mine.batch_size])))
-
-    def _loader(self) -> DataLoader[Any]:
-        # With its own generator: otherwise a loader draws from the global random state at the start of each epoch,
-        # once more in a resumed run than in an uninterrupted one, and dropout would differ.
-        generator = torch.Generator().manual_seed(self.config.seed)
-        return DataLoader(
-            self.train_data,
-            batch_size=self.way.batch_rows,
-            sampler=self.order,
-            num_workers=self.config.num_workers,
-            generator=generator,
-            drop_last=self.way.drop_last or self._leaves_a_row(),
-        )
-
-    def _leaves_a_row(self) -> bool:
-        """Whether each epoch would end with a single row, too few for BatchNorm."""
-        rows, size = len(cast(Sized, self.train_data)), self.way.batch_rows
-        return rows > size and rows % size == 1 and any(isinstance(each, _BatchNorm) for each in self.given.modules())
 
     def keep_checkpoints(self, folder: Path, identity: Mapping[str, object]) -> None:
         """Keeps checkpoints from now on, and resumes from the last one if there is any."""

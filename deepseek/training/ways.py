@@ -34,6 +34,24 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 Weights = dict[str, Tensor]
 
 
+def checked(loss: LossFunction) -> LossFunction:
+    """The same function; raises InputError unless it returns one number, with a gradient while training."""
+
+    def call(model: nn.Module, batch: Any) -> Tensor:
+        value: Any = loss(model, batch)
+        if not isinstance(value, Tensor):
+            seen = type(value).__name__
+        elif value.numel() != 1:
+            seen = f"a tensor of shape {[*value.shape]}"
+        elif torch.is_grad_enabled() and not value.requires_grad:
+            seen = "a tensor without a gradient"
+        else:
+            return value
+        raise InputError(f"loss(model, batch): seen {seen}; allowed: a tensor of one number, computed from the model")
+
+    return call
+
+
 def rows_of(batch: Any) -> int:
     """Rows of a batch: the first dimension of its first tensor, or 1 if it has no tensor."""
     try:
