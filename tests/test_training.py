@@ -61,6 +61,12 @@ def test_a_model_with_batch_norm_skips_a_last_batch_of_one_row() -> None:
     assert train_model(network(), points(rows=33), points(1), cross_entropy, settings(max_epochs=1)).steps == 3
 
 
+def test_batch_norm_on_batches_of_one_row_is_one_line() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    with pytest.raises(InputError, match=r"^batch_size: BatchNorm cannot train on a batch of 1 row"):
+        train_model(model, points(), points(1), cross_entropy, settings(batch_size=1))
+
+
 def test_it_learns_and_leaves_the_best_weights_in_eval_mode() -> None:
     model = network()
     with torch.no_grad():  # as code for inference may have it everywhere

@@ -38,7 +38,15 @@ def checked(loss: LossFunction) -> LossFunction:
     """The same function; raises InputError unless it returns one number, with a gradient while training."""
 
     def call(model: nn.Module, batch: Any) -> Tensor:
-        value: Any = loss(model, batch)
+        try:
+            value: Any = loss(model, batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # torch.nn.functional.batch_norm
+                raise
+            raise InputError(
+                f"batch_size: BatchNorm cannot train on a batch of {rows_of(batch)} row(s): {error}; use a larger "
+                "batch_size, or fewer accumulation_steps"
+            ) from None
         if not isinstance(value, Tensor):
             seen = type(value).__name__
         elif value.numel() != 1:
