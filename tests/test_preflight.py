@@ -6,9 +6,10 @@ import shutil
 import threading
 from pathlib import Path
 
+import pytest
 from deepseek_client import InferenceClient
 
-from deepseek.spec import DeploymentSpec
+from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load.preflight import check
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
@@ -42,3 +43,13 @@ def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: 
         assert not client.ready()  # it still unloads: the checks met that state
         (tmp_path / "go").touch()
         unload.join()
+
+
+def test_a_model_that_the_server_lacks_is_a_line_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sleeper(tmp_path, 0.0)
+    monkeypatch.setattr(InferenceClient, "ready", lambda client, model=None: model is None)
+    settings = load_settings(url="127.0.0.1:9", inputs=str(tmp_path / "inputs.npz"), rate_rps=10.0, duration_s=1.0)
+    with pytest.raises(InputError, match=r"is it in the model repository\? .*POLL_S=2"):
+        check(settings, DeploymentSpec.load(tmp_path / "models" / "tiny"))

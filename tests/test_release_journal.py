@@ -167,7 +167,9 @@ def test_only_a_refused_connection_means_that_no_server_runs(
     hung: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.release.live_server.LONGEST_S", 0.5)
-    with pytest.raises(InputError, match=r"did not answer .*; a server may run at 127"):
+    with pytest.raises(
+        InputError, match=r"did not answer .*; a server may run at 127.*: restart it with make serve POLL_S=2"
+    ):
         LiveServer.find(live_options(hung, repository=tmp_path), 1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LiveServer, "look", lambda live: (None, "no answer"))

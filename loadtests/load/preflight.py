@@ -42,7 +42,10 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
             if not client.ready(settings.model):
                 if not client.ready():
                     raise InputError(f"the server at {settings.url} is not ready; wait for it or read its log")
-                raise InputError(f"{settings.model} is not ready at {settings.url}; is it in the model repository?")
+                raise InputError(
+                    f"{settings.model} is not ready at {settings.url}; is it in the model repository? A server "
+                    "that was started before follows it only with POLL_S=2"
+                )
             served = client.metadata(settings.model)
             for row in rows:
                 client.prepare(settings.model, row)

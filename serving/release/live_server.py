@@ -58,7 +58,10 @@ class LiveServer:
             if not live.refuses():
                 if newest is None:
                     return live
-                raise InputError(f"{reason}; a server may run at {live.url}: try again when it answers, or stop it")
+                raise InputError(
+                    f"{reason}; a server may run at {live.url}: restart it with make serve POLL_S=2, stop it, or try "
+                    "again when it answers"
+                )
             if "url" in options.given:
                 raise InputError(f"{reason}; leave the address out to release with no server running")
             if gateway := running_gateway(options.repository, options.env_file):
