@@ -39,7 +39,9 @@ def _print_table(engines: list[ServedEngine], machine: Machine) -> None:
         )
     Console(markup=False).print(table)
     gpus = ", ".join(f"{gpu.name} ({gpu.compute_capability}, driver {gpu.driver})" for gpu in machine.gpus)
-    print(f"machine   {gpus or 'no GPU'}; {mib(machine.ram_bytes)} RAM; Triton {machine.triton_tag}")
+    in_container = machine.gpus or any(engine.manifest.target != "onnxruntime" for engine in engines)
+    triton = f"; Triton {machine.triton_tag}" if in_container else ""  # the embedded one is another release
+    print(f"machine   {gpus or 'no GPU'}; {mib(machine.ram_bytes)} RAM{triton}")
 
 
 def main(options: argparse.Namespace) -> int:
