@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -71,8 +72,18 @@ def _check(options: argparse.Namespace) -> None:
 def _names(options: argparse.Namespace) -> dict[str, list[list[str]] | list[list[int]]]:
     """The inputs that a model with `[vocabulary]` takes."""
     lists = {HISTORY: options.history, EXCLUDE: options.exclude}
-    inputs = {name: [[each.strip() for each in text.split(",")]] for name, text in lists.items() if text is not None}
+    inputs = {name: [_listed(name, text)] for name, text in lists.items() if text is not None}
     return inputs | ({K: [[options.k]]} if options.k else {})
+
+
+def _listed(name: str, text: str) -> list[str]:
+    """The names in a line of csv, as in a click log: `"a, b",c` is two."""
+    try:
+        rows = list(csv.reader([text], strict=True, skipinitialspace=True))
+    except csv.Error as error:
+        advice = "quote a name with a comma as in csv, such as '\"shoes, red\",50'"
+        raise InputError(f"--{name}: seen {text!r}: {error}; {advice}") from None
+    return [each.strip() for row in rows for each in row] or [""]
 
 
 def metadata(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """The recommender: how it splits a log, the contract of its graph, and errors for wrong logs."""
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -80,7 +81,7 @@ def test_iso_times_are_seconds_in_utc_unless_they_have_a_zone(shop: Shop) -> Non
 
 def test_a_log_may_be_a_folder_of_files_with_titles(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setenv("DEEPSEEK_DATA", str(tmp_path))
-    with pytest.raises(InputError, match=r"no csv file; DATA names a csv file, or a folder of them"):
+    with pytest.raises(InputError, match=r"no file \*.csv or \*.csv.gz; DATA names a csv file, or a folder of them"):
         data.load()
     (tmp_path / "1.csv").write_text("\n".join(log_lines()) + "\n")
     before = data.fingerprint()
@@ -91,6 +92,28 @@ def test_a_log_may_be_a_folder_of_files_with_titles(tmp_path: Path, monkeypatch:
         "sku-1": "Tea"
     }
     assert [log.item_ids[item] for item in log.histories[-1]] == ["sku-1", "sku-2"]
+    (tmp_path / "0.csv.gz").write_bytes(gzip.compress(b"user,item,time\ny,sku-3,1\n"))  # as logrotate leaves them
+    (tmp_path / "3.CSV").write_text("user,item,time\nz,sku-4,1\n")
+    (tmp_path / ".2.csv").write_bytes(b"\0\5\x16\7")  # as macOS and rsync write them
+    log = data.load()
+    names = [[log.item_ids[item] for item in history] for history in log.histories]
+    assert (names[0], names[-1]) == (["sku-3"], ["sku-4"])
+
+
+def test_empty_lines_are_skipped_as_a_spreadsheet_writes_them(shop: Shop) -> None:
+    shop(log_lines())
+    log = data.load()
+    shop(["", ",,,", *log_lines(), "  ", ",,,"])
+    assert data.load().item_ids == log.item_ids
+
+
+@pytest.mark.parametrize("end", [-20, -2, 4], ids=["middle", "checksum", "header"])
+def test_a_gzip_file_that_is_cut_off_is_a_one_line_error(shop: Shop, monkeypatch: Patch, end: int) -> None:
+    path = shop([]).with_name("log.csv.gz")
+    path.write_bytes(gzip.compress("\n".join(log_lines()).encode())[:end])
+    monkeypatch.setenv("DEEPSEEK_DATA", str(path))
+    with pytest.raises(InputError, match="not a complete gzip file: "):
+        data.load()
 
 
 def test_the_last_item_is_the_test_and_the_one_before_the_validation(shop: Shop) -> None:
@@ -279,12 +302,16 @@ def test_loading_an_untrained_model_is_an_error_that_says_what_to_run(shop: Shop
         (["user,item,timestamp", "a,b,nan"], "line 2: timestamp: seen 'nan'"),
         (["user,item,timestamp", "a,b"], "line 2: 2 fields; the header has 3"),
         (["user,title,item,timestamp", "a,Tea, black,b,1"], "line 2: 5 fields; the header has 4"),
+        (
+            ["user,item,timestamp", "a,b,1732700000000", "a,c,2026-11-28"],
+            r"in several units: seen '2026-11-28' \(.*: line 3\) and '1732700000000' \(.*: line 2\); allowed: one unit",
+        ),
         (["user,item,timestamp", "a,,1"], "line 2: item is empty"),
         (["user,item,timestamp", 'a,"b,1'], "not valid csv: unexpected end of data"),
         (["user,item,timestamp", "a,b,1"], "1 different items; at least 70 are needed: 20 .* besides an input of 50"),
         (log_lines(users=3), "4 users with 4 or more different items; at least 10"),
     ],
-    ids=["empty", "semicolons", "timestamp", "nan", "short", "long", "blank", "quote", "items", "users"],
+    ids=["empty", "semicolons", "timestamp", "nan", "short", "long", "units", "blank", "quote", "items", "users"],
 )
 def test_a_broken_log_is_a_one_line_error_that_says_where(lines: list[str], says: str, shop: Shop) -> None:
     path = shop(lines)

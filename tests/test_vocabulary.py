@@ -180,7 +180,10 @@ def test_infer_sends_names_from_the_command_line(server: EmbeddedServer, run_her
     assert (found["skus"], found["unknown"]) == ([[NAMES[item] for item in ranked([4, 6], [])[1:3]]], [[1]])
     empty = run_here(*place, "--history", "", "--k", "2", "--json")  # a new user
     assert json.loads(empty.stdout)["outputs"]["skus"] == [[NAMES[item] for item in ranked([], [])[:2]]]
+    comma = run_here(*place, "--history", f'"red, 9""",{NAMES[4]}, "b,c"', "--json")
+    assert json.loads(comma.stdout)["outputs"]["unknown"] == [[2]]
     for flags, message in (
+        (("--history", 'a,"b'), "--history: seen 'a,\"b': unexpected end of data; quote a name with a comma as in csv"),
         (("--k", "2"), "--k: seen without --history; "),
         (("--history", "a", "--text", "b"), "--text and --history: seen both; "),
         (("--history", "a", "--k", "6"), "k is 6; allowed: 1 to 5"),

@@ -3,8 +3,8 @@
 Contract: `load()` returns the `Interactions` of the log that the environment names. By default, that is
 MovieLens-100K, from the wheel of recbole 1.2.1 (fetched by pip, checked by its SHA-256, never committed).
 `DATA=path.csv` selects another log: a header with `user`, `item`, `timestamp` (or `time`) and perhaps `title` (other
-columns are ignored), ids of any kind, timestamps as numbers or ISO times. `DATA=folder` joins the csv files of a
-folder.
+columns are ignored), ids of any kind, timestamps as numbers or ISO times. `DATA=folder` joins the files `*.csv` and
+`*.csv.gz` of a folder.
 
 Leave-one-out split: a user's last item is for the test, the one before it for validation. Equal timestamps keep the
 order of the file. An item counts once per user, at its first timestamp, because the task is to predict the next *new*
@@ -14,10 +14,12 @@ item.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +42,8 @@ WHEEL = "recbole-1.2.1-py3-none-any.whl"
 WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
 FOLDER_IN_WHEEL = "recbole/dataset_example/ml-100k/"
 
+LOGS = (".csv", ".csv.gz")
+SECONDS = (1e8, 1e11)  # since 1970: a later number is in milliseconds or finer
 MIN_ITEMS = HISTORY + TOP  # so that TOP items remain outside a full input
 MIN_USERS = 10  # with four items each: two for training, one for validation, one for the test
 
@@ -114,10 +118,15 @@ def fingerprint() -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The csv files of a folder, by name, or the file itself."""
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    """The csv files of a folder, by name, without hidden ones; or the file itself."""
+    if not path.is_dir():
+        return [path]
+    try:
+        files = [file for file in sorted(path.iterdir()) if file.name.lower().endswith(LOGS) and file.name[0] != "."]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if not files:
-        raise InputError(f"{path}: no csv file; DATA names a csv file, or a folder of them")
+        raise InputError(f"{path}: no file *.csv or *.csv.gz; DATA names a csv file, or a folder of them")
     return files
 
 
@@ -163,16 +172,24 @@ def _from_csv(path: Path, key: str) -> Interactions:
     items: list[str] = []
     times: list[float] = []
     titles: dict[str, str] = {}
+    first: dict[bool, str] = {}  # by whether it is finer than seconds: where the first such time is
     for file in _files(path):
         for line, user, item, timestamp, title in _csv_rows(file):
             time = _seconds(timestamp)
             if not math.isfinite(time):
                 allowed = "a number, e.g. 1730000000, or an ISO time, e.g. 2026-11-28T19:00:00Z"
                 raise InputError(f"{file}: line {line}: timestamp: seen {timestamp!r}; allowed: {allowed}")
+            if time >= SECONDS[0] and (finer := time >= SECONDS[1]) not in first:
+                first[finer] = f"{timestamp!r} ({file}: line {line})"
             users.append(user)
             items.append(item)
             times.append(time)
             titles |= {item: title} if title else {}
+    if len(first) == 2:
+        raise InputError(
+            f"{path}: timestamps in several units: seen {first[False]} and {first[True]}; allowed: one unit, and "
+            "seconds if there are ISO times"
+        )
     return _interactions(str(path), users, items, times, titles, key)
 
 
@@ -191,10 +208,12 @@ def _seconds(text: str) -> float:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
     """Line number, user, item, timestamp and title (empty if there is none) of each row."""
+    unpacked = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with unpacked(path, "rt", encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
-            header = [name.strip().lower() for name in next(reader, [])]
+            rows = (row for row in reader if any(map(str.strip, row)))  # a spreadsheet writes an empty line as ",,"
+            header = [name.strip().lower() for name in next(rows, [])]
             if "timestamp" not in header and "time" in header:
                 header[header.index("time")] = "timestamp"
             titled = header.index("title") if "title" in header else None
@@ -203,9 +222,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
             except ValueError:
                 seen = ", ".join(header)[:200] or "an empty file"
                 raise InputError(
-                    f"{path}: line 1: columns user,item,timestamp are needed, with commas between them; seen: {seen}"
+                    f"{path}: line {max(1, reader.line_num)}: columns user,item,timestamp are needed, with commas "
+                    f"between them; seen: {seen}"
                 ) from None
-            for row in filter(None, reader):  # skip empty lines
+            for row in rows:
                 if len(row) <= max(places) or any(row[len(header) :]):
                     raise InputError(f"{path}: line {reader.line_num}: {len(row)} fields; the header has {len(header)}")
                 user, item, timestamp = (row[place].strip() for place in places)
@@ -215,6 +235,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, str, str, str, str]]:
                 yield reader.line_num, user, item, timestamp, title
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a complete gzip file: {error}") from None
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: not valid csv: {error}") from None
 
