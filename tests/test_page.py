@@ -161,6 +161,10 @@ def test_picked_titles_give_what_comes_next_by_keyboard(page: Browser, url: str)
     page.wait("document.querySelectorAll('#picked button').length === 1")
     page.js("document.querySelector('#picked button').click()")
     assert page.wait(f"{RECOMMEND}.querySelector('.problem').innerText") == "Pick a title first."
+    page.type("lamp")  # two items have this title
+    page.wait("document.querySelectorAll('#matches button').length === 2")
+    assert shown("#matches button") == ["Lamp (SKU-9)", "Lamp (SKU-11)"]
+    page.js("document.querySelector('#title').select()")
     page.type("zebra")
     page.press("Enter")
     page.wait(f"{RECOMMEND}.querySelector('.problem').innerText === 'No title contains \"zebra\".'")

@@ -99,7 +99,12 @@ async function rank(model) {
 const picked = []; // items, the oldest first
 let matches = []; // items whose title has the typed words
 
-function itemButton({ title }, label, act) {
+// The title of an item, with its name if another of the shown items has the same title.
+function titleAmong(items, { item, title }) {
+  return items.some((other) => other.title === title && other.item !== item) ? `${title} (${item})` : title;
+}
+
+function itemButton(title, label, act) {
   const button = element("button", title);
   button.type = "button";
   button.ariaLabel = `${label} ${title}`;
@@ -108,8 +113,9 @@ function itemButton({ title }, label, act) {
 }
 
 function drawItems() {
-  one("#matches").replaceChildren(...matches.map((item) => itemButton(item, "Pick", () => pick(item))));
-  one("#picked").replaceChildren(...picked.map((item, place) => itemButton(item, "Remove", () => {
+  const title = (item) => titleAmong([...matches, ...picked], item);
+  one("#matches").replaceChildren(...matches.map((item) => itemButton(title(item), "Pick", () => pick(item))));
+  one("#picked").replaceChildren(...picked.map((item, place) => itemButton(title(item), "Remove", () => {
     picked.splice(place, 1);
     drawItems();
     one("#title").focus();
@@ -144,7 +150,8 @@ async function recommend(model) {
   const history = picked.map(({ item }) => item);
   const run = await timed(model, await counted(model), () => ask(recommender(), { history }));
   if (!run.answer.data.length) throw new Error("The model has nothing left to recommend.");
-  return { ...run, rows: run.answer.data.map(({ title }) => ({ text: title })) };
+  const shown = [...run.answer.data, ...picked];
+  return { ...run, rows: run.answer.data.map((item) => ({ text: titleAmong(shown, item) })) };
 }
 
 function draw(section, { rows, total, queue, inModel, rest, requests }) {
