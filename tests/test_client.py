@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -111,7 +112,11 @@ def test_many_callers_share_a_client_and_its_prepared_requests(connect: Connect,
         pytest.param(
             {"parameters": {"timeout": 5}}, InvalidInput, "'timeout' cannot be a name; it", id="own parameter"
         ),
-        pytest.param({"parameters": {"x": 0.5}}, InvalidInput, "x=0.5; it must be a text, a wh", id="parameter's type"),
+        pytest.param(
+            {"parameters": {"x": [5]}}, InvalidInput, r"x=\[5\]; it must be a text, a b", id="parameter's type"
+        ),
+        pytest.param({"parameters": {"x": math.nan}}, InvalidInput, "x=nan; it must be a text, a b", id="not a number"),
+        pytest.param({"parameters": {"x": 2**63}}, InvalidInput, "a whole number of 64 bits", id="large parameter"),
         pytest.param({"headers": 5}, InvalidInput, "headers is of type int; pass a dict", id="headers"),
         pytest.param({"timeout_s": 0}, InvalidInput, "timeout_s=0; it must be a positive number", id="no time"),
         pytest.param({"timeout_s": 1e10}, InvalidInput, "at most 1e.09", id="too long a time"),
@@ -120,6 +125,13 @@ def test_many_callers_share_a_client_and_its_prepared_requests(connect: Connect,
 def test_a_wrong_call_is_refused(connect: Connect, protocol: str, call: dict, expected: type, says: str) -> None:
     with pytest.raises(expected, match=says):
         connect(protocol).infer(**{"model": "add_one", "inputs": {"x": X}} | call)
+
+
+@kinds
+@protocols
+def test_triton_takes_a_number_with_a_fraction_as_a_parameter(connect: Connect, protocol: str) -> None:
+    answer = connect(protocol).infer("add_one", {"x": X}, parameters={"temperature": 0.5, "top_k": 5, "echo": True})
+    assert (answer["y"] == X + 1).all()
 
 
 @kinds

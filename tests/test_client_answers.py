@@ -314,6 +314,16 @@ def test_a_method_that_the_server_does_not_implement_is_a_server_error() -> None
             client.ready("m")
 
 
+def test_unavailable_over_grpc_may_come_from_the_model() -> None:
+    refusing = refuse(grpc.StatusCode.UNAVAILABLE, "no weights yet")
+    with (
+        grpc_answering(refusing) as (url, _),
+        InferenceClient(url, retries=0) as client,
+        pytest.raises(ConnectionLost, match=r"or the model is unavailable \(no weights yet\)"),
+    ):
+        client.metadata("m")
+
+
 def test_replicas_with_different_outputs_each_answer_by_their_own_metadata() -> None:
     """As while one server of two has the new version."""
     y = {"name": "y", "datatype": "FP32", "shape": [-1, 3]}

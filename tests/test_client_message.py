@@ -33,7 +33,7 @@ def by_protobuf(request: PreparedRequest, left_us: int) -> Any:
     for parameter, value in request.parameters.items():
         setattr(
             message.parameters[parameter],
-            {bool: "bool_param", int: "int64_param"}.get(type(value), "string_param"),
+            {bool: "bool_param", int: "int64_param", float: "double_param"}.get(type(value), "string_param"),
             value,
         )
     for tensor in request.tensors:
@@ -47,7 +47,7 @@ def by_protobuf(request: PreparedRequest, left_us: int) -> Any:
 def test_the_pieces_parse_as_protobufs_own_message() -> None:
     shorter = Tensor(name="ids", datatype="INT64", shape=(2, 3), data=bytes(48))
     kinds = [request_of(request_id=request_id) for request_id in ("", "order-7", "é" * 100)]
-    kinds += [request_of(parameters=each) for each in ({"priority": 2}, {"priority": True, "prompt": "é"})]
+    kinds += [request_of(parameters=each) for each in ({"priority": 2}, {"priority": True, "prompt": "é"}, {"x": 0.5})]
     kinds += [request_of(tensors=(shorter,)), request_of(outputs=()), request_of(version="")]
     for request in kinds:
         for left_us in (1, 127, 128, 500_000, 2**40):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from deepseek_client import InvalidInput, ModelMetadata, ModelNotReady, ServerBusy, ServerError, TensorMetadata
 from deepseek_client.cli.input_file import filled, read_inputs
+from deepseek_client.metadata import DTYPES
 from deepseek_client.server_errors import error_of_status
 from deepseek_client.tensors import to_bytes, to_numpy
 
@@ -114,9 +115,22 @@ def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> Non
         read_inputs(path, MODEL, row=0)
 
 
+def test_bf16_in_an_npz_file_keeps_its_type(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 3), DTYPES["BF16"]))  # numpy writes it as |V2
+    spec = TensorMetadata(name="x", datatype="BF16", shape=(-1, 3))
+    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=4)
+    found = metadata.check(read_inputs(tmp_path / "x.npz", metadata))[0]
+    assert found is not None
+    assert (found.dtype, found.tolist()) == (DTYPES["BF16"], [[1, 1, 1]])
+
+
 def _npy(path: Path) -> None:
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
+
+
+def _objects(path: Path) -> None:
+    np.savez(path, text=np.array([["a"]], object))
 
 
 def _damaged(path: Path) -> None:
@@ -131,6 +145,7 @@ def _damaged(path: Path) -> None:
     [
         pytest.param("x.npz", _npy, "not an .npz file of plain arrays", id="npy"),
         pytest.param("x.npz", _damaged, "not an .npz file of plain arrays", id="damaged"),
+        pytest.param("x.npz", _objects, r"save texts as .astype\(str\)", id="objects"),
         pytest.param("x.json", lambda path: path.write_text("[" * 100_000), "not JSON", id="endless"),
         pytest.param("x.json", lambda path: path.write_text("[1]"), 'it must be an object: {"name of an', id="list"),
         pytest.param("x.json", lambda path: path.write_text('{"x": [[1], [1, 2]]}'), "differ in length", id="ragged"),

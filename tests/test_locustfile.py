@@ -32,7 +32,7 @@ from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
 from tests.conftest import FREE, RunHere, run_module
-from tests.fake_kserve import grpc_serving
+from tests.fake_kserve import binary, grpc_serving, http_json, http_serving, triton
 from tests.gateway import wait_for
 from tests.saved_runs import load_settings
 
@@ -160,6 +160,24 @@ def test_an_answer_unlike_the_models_signature_or_the_request_counts_as_failed(
             log = sending.wait()["fake"]
     assert (len(log), log.errors) == (10, {"ServerError": 10})
     assert message in log.messages[0]
+
+
+def test_the_answer_of_a_model_without_batches_may_have_another_first_dimension(
+    tiny: tuple[EmbeddedServer, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "deploy.toml").write_text(SPEC.format(name="m"))
+    np.savez(tmp_path / "rows.npz", **{"00000/x": np.ones((1, 3), np.float32)})  # type: ignore[arg-type]
+    load: dict[str, Any] = {"model": "m", "models": str(tmp_path), "inputs": str(tmp_path / "rows.npz")}
+    load |= {"rate_rps": 20.0, "duration_s": 0.5, "warmup_s": 0.0}
+    two = binary(shape=[2, 3], parameters={"binary_data_size": 24})
+    others = triton(lambda: http_json({"outputs": [two]}, bytes(24)))
+    config = http_json({"max_batch_size": 0})
+    with http_serving(lambda path, body: config if path.endswith("/config") else others(path, body)) as url:
+        stream = Stream(name="fake", settings=settings(tiny, "http", url=url, **load))
+        with BackgroundLoad([stream]) as sending:
+            log = sending.wait()["fake"]
+    assert (len(log), log.errors) == (10, {})
 
 
 def test_a_worker_on_another_machine_sends_the_load_of_its_master(
@@ -340,6 +358,9 @@ def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], 
         np.savez(tmp_path / "other.npz", **wrong)  # type: ignore[arg-type]
         with pytest.raises(InputError, match=says):
             check(wanted, spec)
+    np.savez(tmp_path / "objects.npz", **{"00000/x": np.array([["a"]], object)})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"it holds Python objects; save texts as .astype\(str\)"):
+        read_inputs(tmp_path / "objects.npz")
     np.savez(tmp_path / "number.npz", **{"00000/x": np.float32(1)})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"00000/x is a single number; the first axis must be a batch of 1"):
         read_inputs(tmp_path / "number.npz")

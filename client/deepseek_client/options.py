@@ -150,8 +150,12 @@ def checked_parameters(parameters: Parameters) -> Parameters:
             raise InvalidInput(f"parameters: {name!r} cannot be a name; it must be a text other than {own}")
         if isinstance(value, str):
             check_texts(**{f"parameters: {name}": value})
-        elif not isinstance(value, int) or not -(2**63) <= value < 2**63:
-            raise InvalidInput(f"parameters: {name}={value!r}; it must be a text, a whole number of 64 bits or a bool")
+            continue
+        whole = isinstance(value, int) and -(2**63) <= value < 2**63
+        if not whole and not (isinstance(value, float) and math.isfinite(value)):
+            raise InvalidInput(
+                f"parameters: {name}={value!r}; it must be a text, a bool, a whole number of 64 bits or a finite float"
+            )
     return dict(parameters)
 
 

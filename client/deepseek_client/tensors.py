@@ -103,6 +103,11 @@ def exact_array(value: Any, datatype: str) -> np.ndarray:
     return cast
 
 
+def restored(array: np.ndarray) -> np.ndarray:
+    """An array of an .npz file in its own type: numpy writes BF16, which it does not know, as two bytes without one."""
+    return array.view(DTYPES["BF16"]) if array.dtype == np.dtype("V2") else array
+
+
 def placed_array(placement: Placement, output: str, datatype: str, shape: Sequence[int]) -> np.ndarray:
     """A copy of an output in shared memory."""
     return to_numpy(datatype, shape, placement.read(output, _count(shape) * DTYPES[datatype].itemsize))

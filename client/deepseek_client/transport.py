@@ -21,8 +21,8 @@ from deepseek_client.metadata import ModelMetadata
 
 Headers = Mapping[str, str]
 NO_HEADERS: Headers = {}
-Parameters = Mapping[str, str | int]
-"""Parameters of a request in KServe v2: texts, whole numbers, and True or False."""
+Parameters = Mapping[str, str | int | float]
+"""Parameters of a request in KServe v2: texts, numbers, and True or False."""
 BULK: Parameters = {"priority": 2, "bulk": True}
 """Those of a bulk request, which waits behind all others: in the queue of Triton, and in this project's backend."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from deepseek_client.tensors import restored
 
 from deepseek.spec import BATCH, TEXT, TOKENS, DeploymentSpec, InputError, TensorSpec
 from deepseek.spec.deployment import catalogue_of, variables_for
@@ -141,8 +142,11 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         # numpy takes any other file for a pickle, and says how to load that.
-        known = isinstance(error, OSError) or zipfile.is_zipfile(path)
-        why = error if known else "texts go into a .txt file, one on each line; pairs of texts into a .tsv file"
+        why: object = error
+        if isinstance(error, ValueError) and "Object arrays" in str(error):
+            why = "it holds Python objects; save texts as .astype(str)"
+        elif not isinstance(error, OSError) and not zipfile.is_zipfile(path):
+            why = "texts go into a .txt file, one on each line; pairs of texts into a .tsv file"
         raise InputError(f"{path}: not an .npz file of inputs ({why})") from None
 
 
@@ -153,7 +157,7 @@ def how_to_fix(path: Path) -> str:
 
 
 def _repeated(arrays: Any, key: str, least: int) -> np.ndarray:
-    array = arrays[key]
+    array = restored(arrays[key])
     if not array.ndim:
         raise ValueError(f"{key} is a single number; the first axis must be a batch of 1")
     return np.concatenate([array, *[array[-1:]] * (least - len(array))])

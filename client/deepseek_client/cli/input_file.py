@@ -21,7 +21,7 @@ from tritonclient.utils import np_to_triton_dtype
 
 from deepseek_client.errors import InvalidInput
 from deepseek_client.metadata import ModelMetadata, TensorMetadata
-from deepseek_client.tensors import exact_array
+from deepseek_client.tensors import exact_array, restored
 
 
 def read_inputs(path: Path, metadata: ModelMetadata, row: int | None = None) -> dict[str, np.ndarray]:
@@ -51,10 +51,11 @@ def _from_npz(path: Path, row: int | None) -> dict[str, np.ndarray]:
                     rows.setdefault(int(match[1]), {})[match[2]] = key
             if rows:
                 _check_row(path, row or 0, len(rows))
-                return {name: file[key] for name, key in rows[row or 0].items()}
-            return _picked(path, dict(file.items()), row)
+                return {name: restored(file[key]) for name, key in rows[row or 0].items()}
+            return _picked(path, {name: restored(array) for name, array in file.items()}, row)
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # TypeError: an .npy
-        raise InvalidInput(f"{path}: not an .npz file of plain arrays ({error}); write one with numpy.savez") from None
+        advice = "save texts as .astype(str)" if "Object arrays" in str(error) else "write one with numpy.savez"
+        raise InvalidInput(f"{path}: not an .npz file of plain arrays ({error}); {advice}") from None
 
 
 def _from_json(path: Path, metadata: ModelMetadata, row: int | None) -> dict[str, np.ndarray]:

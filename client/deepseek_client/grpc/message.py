@@ -78,10 +78,13 @@ def message_of(request: PreparedRequest, placement: Placement | None = None) -> 
 
 
 def _parameters(request: PreparedRequest) -> Mapping[str, Any]:
-    def field(value: str | int) -> str:
-        return "string_param" if isinstance(value, str) else "bool_param" if isinstance(value, bool) else "int64_param"
+    fields = {str: "string_param", bool: "bool_param", int: "int64_param", float: "double_param"}
 
-    return {name: service_pb2.InferParameter(**{field(value): value}) for name, value in request.parameters.items()}
+    def parameter(value: str | float) -> Any:
+        field = next(fields[kind] for kind in fields if isinstance(value, kind))  # a bool is an int too
+        return service_pb2.InferParameter(**{field: value})
+
+    return {name: parameter(value) for name, value in request.parameters.items()}
 
 
 def _placed(region: str, place: tuple[int, int]) -> Mapping[str, Any]:

@@ -75,7 +75,8 @@ def _unavailable(url: str, reason: str, error: Any, connected: bool) -> Inferenc
     """UNAVAILABLE has four meanings, which only the message distinguishes.
 
     A refused connection (nothing was sent), Triton's full queue (the request did not run), Triton's restricted
-    protocols, and a broken connection (the request may have run). Unknown messages count as the last.
+    protocols, and a broken connection (the request may have run). Unknown messages, such as a model's own, count as
+    the last.
     """
     if not connected and reason.startswith(("failed to connect", "errors resolving", "DNS resolution failed")):
         if found := UNTRUSTED.search(reason):
@@ -93,7 +94,8 @@ def _unavailable(url: str, reason: str, error: Any, connected: bool) -> Inferenc
     wait_s = _retry_after_s(error)
     if wait_s is not None:  # gRPC's own pushback, which this project's gateway sends only for unsent requests
         return ServerBusy(f"{url}: {reason}", wait_s, did_not_run=PUSHBACK in _metadata_of(error))
-    return ConnectionLost(f"{url}: the connection broke before the answer was complete ({reason})")
+    why = f"the connection broke before the answer was complete, or the model is unavailable ({reason})"
+    return ConnectionLost(f"{url}: {why}")
 
 
 def _retry_after_s(error: Any) -> float | None:
