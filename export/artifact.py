@@ -45,6 +45,22 @@ _TOOLS = (
 )
 
 
+LAST = "last build"  # the record's entry for the options of the last build
+
+
+def record_path(name: str) -> Path:
+    """Path of the inputs and outputs of each stage, and the options of the last build."""
+    return build_dir(name) / "pipeline.json"
+
+
+def last_options(name: str) -> dict[str, str]:
+    """DATA and PRUNE of the last build, by field of `Plan`; empty before the first."""
+    with contextlib.suppress(OSError, ValueError):
+        options: dict[str, str] = json.loads(record_path(name).read_text()).get(LAST, {}).get("options", {})
+        return options
+    return {}
+
+
 def onnx_path(name: str, precision: str) -> Path:
     return build_dir(name) / precision / "model.onnx"
 

@@ -23,7 +23,7 @@ from deepseek.spec import InputError, build_dir
 from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.processes.children import ends_with_us
 from deepseek.targets import PUBLISHABLE
-from export.artifact import choice_path, pruned_path, pruning_path, refusal
+from export.artifact import LAST, choice_path, last_options, pruned_path, pruning_path, record_path, refusal
 from export.cache import STAGE_KEYS, limit_bytes, predicted
 from export.dependencies.digests import RememberedDigests
 from export.dependencies.requirements import install
@@ -32,7 +32,6 @@ from export.plan import Plan, build_plan_of
 from export.stage_inputs import StageInputs, key_of, named
 
 INSIDE = "/opt/export/bin/python"  # of the export image
-LAST = "last build"  # the record's entry for the options that `build_graphs` repeats
 
 
 class Builder:
@@ -42,7 +41,7 @@ class Builder:
         self.plan = plan
         self.digests = RememberedDigests(build_dir("") / ".digests.json")
         self.inputs = StageInputs(plan, self.digests)
-        self._recorded = build_dir(plan.model) / "pipeline.json"
+        self._recorded = record_path(plan.model)
         self._record: dict[str, dict[str, dict[str, str]]] = {}
         """Inputs and outputs of each completed stage, and the options of the last build."""
         with contextlib.suppress(OSError, ValueError):
@@ -100,10 +99,6 @@ class Builder:
             self._record[stage.name] = {"inputs": inputs, "outputs": self.outputs(stage)}
             self._save_record()
         self.digests.save()
-
-    def last_options(self) -> dict[str, str]:
-        """DATA and PRUNE of the last build in this folder, by field of `Plan`; empty before the first."""
-        return self._record.get(LAST, {}).get("options", {})
 
     def _save_record(self) -> None:
         write_whole(self._recorded, json.dumps(self._record, indent=1))
@@ -217,7 +212,7 @@ def build_graphs(plan: Plan, precisions: list[Precision]) -> None:
     """Builds only the graphs of a model, with DATA and PRUNE of its last build, for `deepseek check-engine`."""
     with alone_in(build_dir(plan.model)) as lock:  # the stages inherit it
         install(plan.folder)
-        last = Builder(plan).last_options()
+        last = last_options(plan.model)
         plan = replace(plan, data=last.get("data", ""), prune=last.get("prune", ""))
         _drop_pruned(plan)
         Builder(plan).run(list(graph_stages(plan, precisions)), lock)

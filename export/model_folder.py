@@ -30,7 +30,7 @@ from deepseek.spec import (
     InvalidMeasurement,
     one_line,
 )
-from export.artifact import pruned_path
+from export.artifact import last_options, pruned_path
 from export.dependencies.requirements import FILE
 from export.rows import Row
 
@@ -45,6 +45,8 @@ class ModelFolder:
     def __init__(self, model: str, models: str | Path = "models") -> None:
         self.spec = DeploymentSpec.of_model(model, models)
         self.folder = Path(models) / model
+        if data := last_options(model).get("data"):
+            os.environ.setdefault("DEEPSEEK_DATA", data)  # else `deepseek parity` would load() with other data
         with user_code(self.folder, "importing it"):
             self._module = _import_model(self.folder)
         for name in ("load", "samples"):

@@ -6,12 +6,14 @@ import json
 import os
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from deepseek.spec import DeploymentSpec, InputError
+from export.artifact import LAST, record_path
 from export.dependencies.sources import files_in
 from export.model_folder import ModelFolder, in_order
 from export.precision.accuracy import evaluated
@@ -22,6 +24,21 @@ from tests.tiny_model import TOML, tiny
 TEXT = DeploymentSpec.load("tests/models/text")
 IMAGE = DeploymentSpec.load("tests/models/image")
 SCORES, FEATURES = torch.ones(2, 10), torch.zeros(2, 32)
+
+
+@pytest.mark.parametrize("given", [None, "other"])
+def test_a_model_loads_the_data_of_its_last_build_unless_it_is_given(
+    own_build: Path, tmp_path: Path, given: str | None
+) -> None:
+    """As in `deepseek parity` after `deepseek retrain --data clicks`."""
+    path = record_path("tiny")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({LAST: {"options": {"data": "clicks", "prune": ""}}}))
+    code = "\nimport os\n\ndef fingerprint():\n    return os.environ['DEEPSEEK_DATA']\n"
+    with patch.dict(os.environ, {"DEEPSEEK_DATA": given or ""}):
+        if given is None:
+            del os.environ["DEEPSEEK_DATA"]
+        assert tiny(tmp_path, code=code).fingerprint() == (given or "clicks")
 
 
 def loading(returned: str) -> str:
