@@ -62,6 +62,11 @@ def test_a_bad_pair_is_one_line(client: InferenceClient, texts: Any, message: st
         client.infer("reranker", {"text": texts})
 
 
+def test_a_prompt_for_a_model_without_prompts_is_refused(client: InferenceClient) -> None:
+    with pytest.raises(InvalidInput, match="prompt_name: seen 'query'; this model has no prompts"):
+        client.infer("reranker", {"text": PAIRS}, parameters={"prompt_name": "query"})
+
+
 def test_parity_compares_pairs_with_their_ids(
     server: EmbeddedServer, built_reranker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,6 +172,15 @@ def test_a_local_function_of_the_graph_is_counted_by_its_content(tmp_path: Path)
     assert flops(OnnxModel(path).ops(4, 1)) == 2 * 4 * 8 * 16
 
 
+def test_the_values_of_large_weights_are_not_kept(tmp_path: Path) -> None:
+    """A plan infers the shapes a hundred times, each time on copies of the graph."""
+    nodes = [make_node("MatMul", ["x", "w"], ["y"])]
+    path = graph(tmp_path / "m.onnx", nodes, {"w": (256, 1024)}, ["batch", 256])
+    model = OnnxModel(path)
+    assert (model.parameters, flops(model.ops(2, 1))) == (256 * 1024, 2 * 2 * 256 * 1024)
+    assert path.stat().st_size > 2**20 > 1000 * model.proto.ByteSize()
+
+
 def test_an_exported_graph_counts_like_its_module_also_in_int8(built: Path) -> None:
     for name in ("text", "image"):
         fp32, int8 = (OnnxModel(built / "build" / name / kind / "model.onnx") for kind in ("fp32", "int8"))

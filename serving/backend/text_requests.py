@@ -85,7 +85,10 @@ class TextRequests:
     def _prompt(self, parameters: str) -> bytes:
         name = json.loads(parameters).get("prompt_name")
         if name is not None and name not in self._prompts:
-            raise ValueError(f"prompt_name: seen {name!r}; prompts are {', '.join(sorted(self._prompts)) or 'none'}")
+            allowed = (
+                f"prompts are {', '.join(sorted(self._prompts))}" if self._prompts else "this model has no prompts"
+            )
+            raise ValueError(f"prompt_name: seen {name!r}; {allowed}")
         return self._prompts.get(name, "").encode()
 
     def parts(

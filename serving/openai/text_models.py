@@ -97,8 +97,9 @@ class TextModel:
         """The prompt of this name; None: the default. Raises ApiError for an unknown name."""
         name = self.default_prompt if name is None else name
         if name is not None and name not in self.prompts:
-            known = ", ".join(sorted(self.prompts)) or "none"
-            raise ApiError(400, f"{param}: seen {shown(name)}; prompts of {self.name}: {known}", param=param)
+            names = ", ".join(sorted(self.prompts))
+            known = f"prompts of {self.name}: {names}" if names else f"{self.name} has no prompts"
+            raise ApiError(400, f"{param}: seen {shown(name)}; {known}", param=param)
         return "" if name is None else self.prompts[name]
 
 

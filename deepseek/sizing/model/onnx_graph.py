@@ -42,6 +42,7 @@ UNCOUNTED = {
     "Scan",
 }  # fmt: skip
 WEIGHT_TYPES = {1, 2, 3, 10, 11, 16, 17, 18, 19, 20, 21, 22}  # TensorProto: floats, and 4 and 8 bits
+SMALL = 1024  # values that shapes may depend on, such as the scales of a Resize
 
 
 class OnnxModel:
@@ -68,6 +69,7 @@ class OnnxModel:
         if self.proto.functions:
             self.proto = onnx.inliner.inline_local_functions(self.proto)
         self._check_axes()
+        self._drop_values()
         self._unknown: set[str] = set()
         self.counted = lru_cache(maxsize=64)(self._counted)  # one cache per file
 
@@ -77,6 +79,16 @@ class OnnxModel:
             if name not in known:
                 allowed = f"{', '.join(known) or 'none'} (open axes of its inputs, besides the batch)"
                 raise InputError(f"{self.path}: axis: seen {name!r}; allowed: {allowed}")
+
+    def _drop_values(self) -> None:
+        """Removes the values of large weights, which every shape inference would copy."""
+        constants = (
+            node.attribute[0].t for node in self.proto.graph.node if node.op_type == "Constant" and node.attribute
+        )
+        for tensor in (*self.proto.graph.initializer, *constants):
+            if tensor.data_type in WEIGHT_TYPES and math.prod(tensor.dims) > SMALL:
+                for values in ("raw_data", "float_data", "int32_data", "double_data"):
+                    tensor.ClearField(values)
 
     @cached_property
     def _weights(self) -> dict[str, tuple[int, ...]]:
