@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,11 @@ def test_ctrl_c_ends_the_command_and_leaves_no_result(sleeper: list[str], tmp_pa
 def test_too_little_time_for_one_trial_is_bad_input_and_keeps_the_last_result(
     sleeper: list[str], own_build: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"--max-s 0.5: the first trial, at .*/s, takes \d+ s; .*BUDGET_S="):
+    said = r"the first trial, at .*/s, takes (\d+) s; .*BUDGET_S="
+    with pytest.raises(InputError, match=f"--max-s 0.5: {said}") as refused:
         main(values_of("capacity", *sleeper, "--max-s", "0.5"))
+    least = re.search(said, str(refused.value))
+    assert least is not None
+    with pytest.raises(InputError, match=said):
+        main(values_of("capacity", *sleeper, "--max-s", least[1]))
     assert not list(own_build.rglob("capacity.*"))

@@ -196,7 +196,7 @@ def test_servers_say_that_they_are_not_ready(model: str | None, line: str, body:
             "400 Bad Request",
             "<html>The plain HTTP request was sent to HTTPS port</html>",
             InvalidInput,
-            "400 Bad Request",
+            "400 Bad Request; it speaks TLS: pass ca_cert= or tls=True",
         ),
         ("404 Not Found", "<html>", ModelNotFound, "404 Not Found"),
         ("500 Internal Server Error", "", ServerError, "500 Internal Server Error"),

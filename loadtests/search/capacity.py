@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> int:
         prove=True,
     )
     least_s = math.ceil(max(plan.duration_s, plan.needed_s(start_rps)))
-    if least_s > options.max_s:
+    if least_s >= options.max_s:  # some of the time has passed when the first trial begins
         first = f"the first trial, at {start_rps:g}/s, takes {least_s} s"
         raise InputError(f"--max-s {options.max_s:g}: {first}; give ten times that or more (BUDGET_S=)")
     lines = ", ".join(objective_lines(spec.slo))

@@ -151,6 +151,8 @@ class HttpTransport:
             reason = reason["message"] if isinstance(reason, dict) else reason  # OpenAI's shape
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a gateway's page
             reason, unsent = f"{answer.status} {http.client.responses.get(answer.status, '')}", False
+            if answer.status == 400 and self._scheme == "HTTP" and b"HTTPS" in answer.body:  # nginx, Apache, Go
+                reason += "; it speaks TLS: pass ca_cert= or tls=True"
         wait_s = retry_after_s(answer.headers.get("retry-after", ""))
         return error_of_status(answer.status, f"{self._url}: {one_line(str(reason))}", wait_s, unsent=unsent)
 
