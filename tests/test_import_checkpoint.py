@@ -225,10 +225,12 @@ def test_samples_are_the_texts_of_the_user(checkpoints: tuple[Path, dict[str, An
         ({"tokenizer": {"model_max_length": 32}}, 32),
         ({"tokenizer": {"model_max_length": 10**30}}, POSITIONS),
         ({"tokenizer": {"model_max_length": 24}, "sentence_bert": {"max_seq_length": 48}}, 48),
+        ({"sentence_bert": {"max_seq_length": 48, "processing_kwargs": {"text": {"max_length": 16}}}}, 16),
+        ({"sentence_bert": {"processing_kwargs": {"chat_template": {}}}}, POSITIONS),
     ],
 )
 def test_the_limit_of_the_length_is_that_of_sentence_transformers_or_else_the_lowest(
-    limits: dict[str, dict[str, int]], longest: int, tmp_path: Path
+    limits: dict[str, dict[str, Any]], longest: int, tmp_path: Path
 ) -> None:
     write_checkpoint(tmp_path, "bert")
     for name, values in limits.items():
@@ -348,7 +350,7 @@ def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path
 def test_without_a_tokenizer_the_samples_are_random_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "some.v1", "bert", "classifier", tokenizer=False)
     main(values_of("import", str(tmp_path / "some.v1"), "--models", str(tmp_path / "models")))
-    assert "no tokenizer.json: the samples are random ids" in capsys.readouterr().out
+    assert "no tokenizer.json: callers send token ids, the samples are random ids" in capsys.readouterr().out
     folder = ModelFolder("some-v1", tmp_path / "models")
     assert folder.spec.precision.candidates == ("fp16",)
     rows = list(folder.rows("evaluation", 100))

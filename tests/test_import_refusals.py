@@ -96,6 +96,11 @@ def own_module(folder: Path) -> None:
     path.write_text(path.read_text().replace("sentence_transformers.models.Pooling", "custom_st.Pooling"))
 
 
+def interrupted(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (shutil.rmtree, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
@@ -122,6 +127,8 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     ((lambda folder: None), ("--task", "classify"), "--task: seen 'classify'; allowed: auto, encoder, classifier, "),
     (without("model.safetensors"), (), "some: no weights; allowed: model.safetensors, "),
     (with_file("model.safetensors", LFS), (), "model.safetensors: only a Git LFS pointer; fetch the file: git -C "),
+    (interrupted, (), "bytes, but its header tells "),
+    (with_file("model.safetensors", "<html>Not found</html>"), (), "model.safetensors: 22 bytes, but it is not a file of safetensors; the copy is not "),
     (with_file("tokenizer.json", LFS), (), "tokenizer.json: only a Git LFS pointer; fetch the file: git -C "),
     (with_file("tokenizer.json", "{}"), (), "tokenizer.json: not a tokenizer ("),
     (with_file("tokenizer_config.json", '{"truncation_side": 3}'), (), "tokenizer_config.json: truncation_side: seen 3; allowed: left, right"),

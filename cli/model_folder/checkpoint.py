@@ -93,6 +93,10 @@ class Checkpoint:
     """Entries that sentence-transformers keeps, its truncate_dim; 0: all."""
     labels: tuple[str, ...]
     """Names of the logits, in order; of no use for an encoder."""
+    multi_label: bool
+    """Whether several labels may be right at once, so that a label's probability is the sigmoid of its logit."""
+    assumes_pairs: bool
+    """Whether nothing but its single label says that its texts are pairs."""
     pooling: Pooling
     model: str
     """The class of transformers that loads an encoder."""
@@ -134,7 +138,8 @@ class Checkpoint:
         inside = modules[0].folder if modules else folder
         config = read_object(inside / "config.json", _why_no_config(inside))
         kind = _kind(inside / "config.json", config, modules)
-        task, pairs = _task(inside / "config.json", config, task, kind)
+        wanted = task
+        task, pairs = _task(inside / "config.json", config, wanted, kind)
         limits = _limits(inside, config, kind)
         prompts, default_prompt = _prompts(folder, task)
         types = whole_number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
@@ -152,6 +157,9 @@ class Checkpoint:
             width=min(kept or pooling.width, pooling.width),
             kept=kept,
             labels=_labels(inside / "config.json", config),
+            multi_label=config.get("problem_type") == "multi_label_classification",
+            assumes_pairs=(wanted, task) == ("auto", "cross-encoder")
+            and not _is_cross_encoder(inside / "config.json", config),
             pooling=pooling,
             model=kind.model,
             padding=whole_number(inside / "config.json", config, "pad_token_id", kind.padding),
@@ -261,13 +269,26 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
     positions = whole_number(path, config, "max_position_embeddings", 512)
     reserved = whole_number(path, config, "pad_token_id", kind.padding) + 1 if kind.after_padding else 0
     found = {"config.json": positions - reserved}
-    for name, key in ((_sentence_config(folder), "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        value = read_optional(folder / name).get(key)
+    sentence = _sentence_config(folder)
+    settings, tokenizer = read_optional(folder / sentence), read_optional(folder / "tokenizer_config.json")
+    for name, value in (
+        (sentence, _max_length(settings)),
+        (sentence, settings.get("max_seq_length")),
+        ("tokenizer_config.json", tokenizer.get("model_max_length")),
+    ):
         if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
             found[name] = int(value)
             break  # sentence-transformers sets the tokenizer's limit to its own
     if found["config.json"] < 1:
         raise InputError(f"{path}: max_position_embeddings: seen {positions}; more than {max(reserved, 0)} is needed")
+    return found
+
+
+def _max_length(settings: dict[str, Any]) -> object:
+    """The limit that sentence-transformers 6 gives the tokenizer with each text; None if there is none."""
+    found: Any = settings
+    for key in ("processing_kwargs", "text", "max_length"):
+        found = found.get(key) if isinstance(found, dict) else None
     return found
 
 

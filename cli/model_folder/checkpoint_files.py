@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from deepseek.spec import InputError
 
@@ -37,8 +37,25 @@ def whole_number(path: Path, config: dict[str, Any], key: str, default: int | No
 
 
 def check_fetched(path: Path) -> None:
-    """Raises InputError for a file that Git LFS has not fetched."""
+    """Raises InputError for a file that Git LFS has not fetched, and for safetensors that are not whole."""
     with path.open("rb") as file:
         start = file.read(24)
-    if start == b"version https://git-lfs.":
-        raise InputError(f"{path}: only a Git LFS pointer; fetch the file: git -C {path.parent} lfs pull")
+        if start == b"version https://git-lfs.":
+            raise InputError(f"{path}: only a Git LFS pointer; fetch the file: git -C {path.parent} lfs pull")
+        if path.suffix == ".safetensors":
+            _check_whole(path, int.from_bytes(start[:8], "little"), file)
+
+
+def _check_whole(path: Path, header_bytes: int, file: BinaryIO) -> None:
+    """Raises InputError unless a file of safetensors has the size that its header tells."""
+    size = path.stat().st_size
+    try:
+        file.seek(8)
+        header = json.loads(file.read(header_bytes)) if 2 <= header_bytes <= size - 8 else {}
+        ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
+        whole = 8 + header_bytes + max(ends)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        whole = None
+    if whole != size:
+        told = "it is not a file of safetensors" if whole is None else f"its header tells {whole}"
+        raise InputError(f"{path}: {size} bytes, but {told}; the copy is not complete; copy the checkpoint again")

@@ -130,7 +130,8 @@ def _output(checkpoint: Checkpoint) -> str:
     axes = '"batch", "sequence"' if checkpoint.task == "token-classifier" else '"batch"'
     names = [f"{place} {label}" for place, label in enumerate(checkpoint.labels[:SHOWN_LABELS])]
     more = [f"and {count - SHOWN_LABELS} more in checkpoint/config.json"] if count > SHOWN_LABELS else []
-    comment = f"without softmax; {', '.join([*names, *more])}" if count > 1 else "the score, without sigmoid"
+    raw = "without sigmoid, one for each label" if checkpoint.multi_label else "without softmax"
+    comment = f"{raw}; {', '.join([*names, *more])}" if count > 1 else "the score, without sigmoid"
     return f'[outputs.logits]            # {comment}\ndtype = "float32"\nshape = [{axes}, {count}]'
 
 
@@ -180,10 +181,18 @@ def _report(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, s
         print(f"note      no file names the pooling: {used} is used; set POOLING in model.py to change it")
     if tokens := checkpoint.tokens_without_vector:
         print(f"note      tokens that the model has no embedding for are text here: {', '.join(tokens)}")
+    if checkpoint.assumes_pairs:
+        print(
+            "note      one label: taken for a cross-encoder, whose texts are pairs; if this model scores single texts, "
+            f"delete {folder} and import it with --task classifier"
+        )
+    if checkpoint.task == "cross-encoder" and checkpoint.prompts:
+        names = ", ".join(checkpoint.prompts)
+        print(f"note      pairs of texts have no prompts here: {names}; callers begin their texts with them")
     if not checkpoint.has_tokenizer:
         print(
-            "note      no tokenizer.json: the samples are random ids, and int8 is left out; if "
-            f"AutoTokenizer.from_pretrained({str(checkpoint.folder)!r}).save_pretrained(...) writes it, import again"
+            "note      no tokenizer.json: callers send token ids, the samples are random ids, and int8 is left out; "
+            "docs/model-folder.md#write-tokenizerjson has the command that writes it"
         )
     print(f"import    {folder}/checkpoint/: {size / 1e6:.1f} MB, copied")
     print(f"import    {folder}/deploy.toml: what is served, and how fast it must be")
