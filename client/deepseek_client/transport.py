@@ -21,7 +21,7 @@ from deepseek_client.metadata import ModelMetadata
 
 Headers = Mapping[str, str]
 NO_HEADERS: Headers = {}
-Parameters = Mapping[str, str | int | float]
+Parameters = Mapping[str, str | float]
 """Parameters of a request in KServe v2: texts, numbers, and True or False."""
 BULK: Parameters = {"priority": 2, "bulk": True}
 """Those of a bulk request, which waits behind all others: in the queue of Triton, and in this project's backend."""

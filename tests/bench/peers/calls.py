@@ -32,7 +32,7 @@ class Served:
         return np.array([self.output(answer) for answer in found])
 
 
-def kserve(url: str, requests: Sequence[Request], output: str, **parameters: str | int) -> Served:
+def kserve(url: str, requests: Sequence[Request], output: str, **parameters: str | float) -> Served:
     """KServe v2 with JSON, and the same parameters in each request."""
 
     def tensor(name: str, value: Any) -> dict[str, Any]:
