@@ -48,11 +48,12 @@ def parse(command: Command, words: Sequence[str], variables: Variables) -> argpa
     for option in options:
         text = rest if option.rest else getattr(texts, option.name)
         found = _given_value(option, text, variables)
+        if option.required and found in (None, ""):
+            seen = "missing" if found is None else "empty"
+            raise Misuse(f"{_names(option, variables)}: {seen}; {option.help}")
         if found is not None and not (found == "auto" and callable(option.default)):
             setattr(values, option.name, found)
             values.given |= {option.name}
-        elif option.required:
-            raise Misuse(f"{_names(option, variables)}: missing; {option.help}")
         elif callable(option.default):
             computed.append(option)
         else:

@@ -22,6 +22,9 @@ def test_a_missing_or_broken_log_is_one_line_and_changes_nothing(tmp_path: Path,
     run = run_here("retrain")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert run.stderr.startswith("error: --data: missing; ")
+    run = run_here("retrain", "--data", "")  # as with an unset variable: this is not MovieLens
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert run.stderr.startswith("error: --data: empty; ")
     (tmp_path / "clicks").mkdir()
     (tmp_path / "clicks" / "1.csv").write_text("user,item,time\na,b,noon\n")
     run = run_module("cli", "retrain", *places(tmp_path))
