@@ -63,13 +63,13 @@ class TextModel:
         }
         if pairs:
             output = next(iter(sizes)) if len(sizes) == 1 else None
-            takes = "pairs of texts, and needs one float output [batch, 1]"
+            takes = "pairs of texts, but does not have one float output [batch, 1]"
         else:
             output = vector_output(sizes)
-            takes = "single texts, and needs a float output embedding [batch, size]"
+            takes = "single texts, but has no float output embedding [batch, size]"
         if output is None:
             seen = ", ".join(f"{out.name} {list(out.shape)}" for out in metadata.outputs)
-            raise no_such_model(metadata.name, f"takes {takes}; outputs are {seen}")
+            raise no_such_model(metadata.name, f"takes {takes}; outputs are {seen}; call it over KServe v2")
         return cls(
             name=metadata.name,
             output=output,
