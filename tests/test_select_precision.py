@@ -176,6 +176,18 @@ def test_if_the_metric_of_fp32_is_0_outputs_are_compared_and_a_warning_says_so(t
     assert (metric, int8["drop"]) == ("similarity", expected)
 
 
+def test_a_graph_made_from_another_fp32_graph_is_no_candidate(text: Path, stage: RunHere) -> None:
+    """As after a build of fp32 alone that trained again, or without PRUNE."""
+    manifest = text / "build" / "text" / "int8" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["sources"]["onnx"] = "of an earlier build"
+    manifest.write_text(json.dumps(told))
+    run = stage("select-precision")
+    assert run.returncode == 0, run.stderr
+    assert "int8      could not be made: its graph was made from another fp32 graph: make engine " in run.stdout
+    assert stage("select-precision", "--precision", "int8").returncode == 1
+
+
 BY_ROW = (
     '{"self_retrieval": float(np.mean(nearest == np.arange(len(originals))))}',
     '{"self_retrieval": nearest == np.arange(len(originals))}',

@@ -32,6 +32,7 @@ from deepseek.spec import (
     flags_for,
     kept_for_json,
     one_line,
+    variables_for,
 )
 from deepseek.spec.machine.cpu import has_int8_dot_products
 from deepseek.targets import in_tf32
@@ -144,7 +145,7 @@ class _Comparison:
         """Accuracy and size of each variant. Raises GateFailed if fp32, or the one asked for, cannot be compared."""
         spec, needed = self.source.spec, [name for name in (self.only, "fp32") if name]
         for name in tried:
-            if why := _refusal(spec, name, self.target) or _failure(spec, name, self.target):
+            if why := _refusal(spec, name, self.target) or _outdated(spec, name) or _failure(spec, name, self.target):
                 self.refused[name] = why
         if reasons := [self.refused[name] for name in needed if name in self.refused]:
             raise GateFailed(reasons[0])
@@ -239,6 +240,14 @@ def _check_fp32(spec: DeploymentSpec, target: Target, parity: dict[str, dict[str
 def _refusal(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:
     """Why the graph or the engine of a precision could not be made; None if both were."""
     return refusal(onnx_path(spec.name, name)) or refusal(engine_path(spec.name, name, target))
+
+
+def _outdated(spec: DeploymentSpec, name: Precision) -> str | None:
+    """Why a graph is not a candidate: it was made from another fp32 graph, as one with PRUNE; None if from this one."""
+    fp32 = onnx_path(spec.name, "fp32")
+    if name == "fp32" or read_manifest(onnx_path(spec.name, name)).sources["onnx"] == sha256(fp32):
+        return None
+    return f"its graph was made from another fp32 graph: make engine {variables_for(spec.name)}"
 
 
 def _failure(spec: DeploymentSpec, name: Precision, target: Target) -> str | None:
