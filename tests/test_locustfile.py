@@ -135,6 +135,15 @@ def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path]) -
     assert alive == []
 
 
+def short_load(folder: Path) -> dict[str, Any]:
+    """Settings of 10 requests of one row to a model `m`, whose files go into `folder`."""
+    (folder / "m").mkdir()
+    (folder / "m" / "deploy.toml").write_text(SPEC.format(name="m"))
+    np.savez(folder / "rows.npz", **{"00000/x": np.ones((1, 3), np.float32)})  # type: ignore[arg-type]
+    load = {"model": "m", "models": str(folder), "inputs": str(folder / "rows.npz")}
+    return load | {"rate_rps": 20.0, "duration_s": 0.5, "warmup_s": 0.0}
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -146,16 +155,11 @@ def test_a_killed_run_leaves_no_load_behind(tiny: tuple[EmbeddedServer, Path]) -
 def test_an_answer_unlike_the_models_signature_or_the_request_counts_as_failed(
     tiny: tuple[EmbeddedServer, Path], tmp_path: Path, shape: list[int], message: str
 ) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "deploy.toml").write_text(SPEC.format(name="m"))
-    np.savez(tmp_path / "rows.npz", **{"00000/x": np.ones((1, 3), np.float32)})  # type: ignore[arg-type]
-    load: dict[str, Any] = {"model": "m", "models": str(tmp_path), "inputs": str(tmp_path / "rows.npz")}
-    load |= {"rate_rps": 20.0, "duration_s": 0.5, "warmup_s": 0.0}
     wrong = service_pb2.ModelInferResponse.InferOutputTensor(name="y", datatype="FP32", shape=shape)
     content = bytes(4 * math.prod(shape))
     answer = service_pb2.ModelInferResponse(outputs=[wrong], raw_output_contents=[content]).SerializeToString()
     with grpc_serving(lambda _: answer) as url:
-        stream = Stream(name="fake", settings=settings(tiny, url=url, **load))
+        stream = Stream(name="fake", settings=settings(tiny, url=url, **short_load(tmp_path)))
         with BackgroundLoad([stream]) as sending:
             log = sending.wait()["fake"]
     assert (len(log), log.errors) == (10, {"ServerError": 10})
@@ -165,16 +169,11 @@ def test_an_answer_unlike_the_models_signature_or_the_request_counts_as_failed(
 def test_the_answer_of_a_model_without_batches_may_have_another_first_dimension(
     tiny: tuple[EmbeddedServer, Path], tmp_path: Path
 ) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "deploy.toml").write_text(SPEC.format(name="m"))
-    np.savez(tmp_path / "rows.npz", **{"00000/x": np.ones((1, 3), np.float32)})  # type: ignore[arg-type]
-    load: dict[str, Any] = {"model": "m", "models": str(tmp_path), "inputs": str(tmp_path / "rows.npz")}
-    load |= {"rate_rps": 20.0, "duration_s": 0.5, "warmup_s": 0.0}
     two = binary(shape=[2, 3], parameters={"binary_data_size": 24})
     others = triton(lambda: http_json({"outputs": [two]}, bytes(24)))
     config = http_json({"max_batch_size": 0})
     with http_serving(lambda path, body: config if path.endswith("/config") else others(path, body)) as url:
-        stream = Stream(name="fake", settings=settings(tiny, "http", url=url, **load))
+        stream = Stream(name="fake", settings=settings(tiny, "http", url=url, **short_load(tmp_path)))
         with BackgroundLoad([stream]) as sending:
             log = sending.wait()["fake"]
     assert (len(log), log.errors) == (10, {})

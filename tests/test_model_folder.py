@@ -6,7 +6,6 @@ import json
 import os
 from collections import namedtuple
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -28,17 +27,17 @@ SCORES, FEATURES = torch.ones(2, 10), torch.zeros(2, 32)
 
 @pytest.mark.parametrize("given", [None, "other"])
 def test_a_model_loads_the_data_of_its_last_build_unless_it_is_given(
-    own_build: Path, tmp_path: Path, given: str | None
+    own_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:
     """As in `deepseek parity` after `deepseek retrain --data clicks`."""
     path = record_path("tiny")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({LAST: {"options": {"data": "clicks", "prune": ""}}}))
     code = "\nimport os\n\ndef fingerprint():\n    return os.environ['DEEPSEEK_DATA']\n"
-    with patch.dict(os.environ, {"DEEPSEEK_DATA": given or ""}):
-        if given is None:
-            del os.environ["DEEPSEEK_DATA"]
-        assert tiny(tmp_path, code=code).fingerprint() == (given or "clicks")
+    monkeypatch.setenv("DEEPSEEK_DATA", given or "")  # also restores it
+    if not given:
+        monkeypatch.delenv("DEEPSEEK_DATA")
+    assert tiny(tmp_path, code=code).fingerprint() == (given or "clicks")
 
 
 def loading(returned: str) -> str:

@@ -285,7 +285,7 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
 
 
 def _max_length(settings: dict[str, Any]) -> object:
-    """The limit that sentence-transformers 6 gives the tokenizer with each text; None if there is none."""
+    """The limit of tokens that sentence-transformers 6 saves, and gives the tokenizer with each text."""
     found: Any = settings
     for key in ("processing_kwargs", "text", "max_length"):
         found = found.get(key) if isinstance(found, dict) else None

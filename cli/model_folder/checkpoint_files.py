@@ -37,7 +37,7 @@ def whole_number(path: Path, config: dict[str, Any], key: str, default: int | No
 
 
 def check_fetched(path: Path) -> None:
-    """Raises InputError for a file that Git LFS has not fetched, and for safetensors that are not whole."""
+    """Raises InputError if a file of weights is only a pointer of Git LFS, or its copy was cut off."""
     with path.open("rb") as file:
         start = file.read(24)
         if start == b"version https://git-lfs.":
@@ -47,7 +47,7 @@ def check_fetched(path: Path) -> None:
 
 
 def _check_whole(path: Path, header_bytes: int, file: BinaryIO) -> None:
-    """Raises InputError unless a file of safetensors has the size that its header tells."""
+    """Raises InputError unless a file of safetensors has the size that follows from its header."""
     size = path.stat().st_size
     try:
         file.seek(8)
@@ -57,5 +57,5 @@ def _check_whole(path: Path, header_bytes: int, file: BinaryIO) -> None:
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         whole = None
     if whole != size:
-        told = "it is not a file of safetensors" if whole is None else f"its header tells {whole}"
-        raise InputError(f"{path}: {size} bytes, but {told}; the copy is not complete; copy the checkpoint again")
+        told = "it is not a file of safetensors" if whole is None else f"its header says {whole}"
+        raise InputError(f"{path}: {size} bytes, but {told}; the file is damaged: copy the checkpoint again")

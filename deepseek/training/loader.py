@@ -15,7 +15,7 @@ from deepseek.config import TrainingConfig
 
 
 class EpochSampler(Sampler[int]):
-    """A random order that depends only on seed and epoch, so that a resumed epoch has the same order."""
+    """A random order. It depends only on seed and epoch, so a resumed epoch has the same one."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed, self.epoch = size, seed, 0
