@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import cli.release
+from cli.main import values_of
+from deepseek.spec import DeploymentSpec, GateFailed
 from deepseek.vocabulary import Vocabulary
+from serving.release.candidate import Candidate
+from serving.release.journal import ReleaseJournal
+from serving.release.live_server import LiveServer
 from tests.conftest import RunHere, run_module
 from tests.test_recommender import log_lines
 
@@ -32,6 +39,47 @@ def test_a_missing_or_broken_log_is_one_line_and_changes_nothing(tmp_path: Path,
     assert "clicks/1.csv: line 2: timestamp: seen 'noon'; allowed: a number, " in run.stderr.splitlines()[-1]
     assert not list((tmp_path / "repository").glob("*"))
     assert not list((tmp_path / "build").glob("recommender/weights*"))
+
+
+def test_a_server_of_another_repository_is_found_before_the_training(
+    tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveServer, "look", lambda live: (7, ""))
+    monkeypatch.setattr(cli.release, "build", lambda *_, **__: pytest.fail("it builds"))
+    run = run_here("retrain", *places(tmp_path))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "has version 7 of recommender, but " in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("served", "new", "flags", "said"),
+    [
+        (range(100), range(5, 105), (), "version 1 knows 95 of the new version's 100 items; 5 of its own 100 are gone"),
+        (range(100), range(1000, 1100), (), "version 1 knows 0 of the new version's 100 items; 100 of its own 100 are gone; at least 50% must"),
+        (range(100), range(60, 160), (), "version 1 knows 40 of the new version's 100 items; 60 of its own 100 are gone; at least 50% must"),
+        (range(200), range(90), (), "version 1 knows 90 of the new version's 90 items; 110 of its own 200 are gone; at least 50% must"),
+        (range(100), range(1000, 1100), ("--new-catalogue",), "version 1 knows 0 of the new version's 100 items; 100 of its own 100 are gone"),
+    ],
+    ids=["a day later", "a new catalogue", "mostly new", "mostly gone", "confirmed"],
+)  # fmt: skip
+def test_a_log_of_mostly_other_items_is_refused_until_the_operator_confirms_it(
+    served: range, new: range, flags: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    options = values_of("retrain", *places(tmp_path), *flags)
+    gate = Candidate(
+        options, DeploymentSpec.load("models/recommender"), ReleaseJournal(tmp_path, "release", 2, before=None), 2
+    )
+    assert "no served version" in gate.catalogue()
+    gate.before = 1
+    for folder, items in ((gate.model / "1", served), (gate.folder / "2", new)):
+        folder.mkdir(parents=True)
+        rows = "".join(f"{number},sku-{item}\n" for number, item in enumerate(items, 1))
+        (folder / "catalogue.csv").write_text("id,item\n" + rows)
+    if "at least" in said:
+        with pytest.raises(GateFailed, match=rf"^{re.escape(said)} .*NEW_CATALOGUE=1 \(--new-catalogue\)$"):
+            gate.catalogue()
+    else:
+        assert gate.catalogue() == said
 
 
 @pytest.mark.slow(minutes=4)

@@ -65,6 +65,7 @@ RELEASE = Command(
         Option("--threshold", "per cent by which p50 may rise", kind=POSITIVE, default=10.0, variable=""),
         Option("--parity-rows", "most evaluation rows of parity (default: all)", kind=at_least(1), variable=""),
         Option("--start-timeout-s", "longest wait for the candidate to start", kind=POSITIVE, default=300, variable=""),
+        Option("--new-catalogue", "release also if most items differ from the served version's", kind=switch),
         JSON,
     ),
     examples=(

@@ -24,11 +24,13 @@ from deepseek.spec import (
     PublishedManifest,
     build_dir,
 )
+from deepseek.spec.deployment import read_catalogue
 from deepseek.spec.files.read_env_file import gpu_stack_tag
 from deepseek.spec.objectives import requests_to_prove
 from deepseek.spec.paired_drop import judge_drop, pair_values
 from deepseek.spec.processes.child_server import ChildServer
 from deepseek.spec.processes.stack_triton import stack_command
+from deepseek.spec.vocabulary import CATALOGUE
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
@@ -41,6 +43,7 @@ from serving.release.versions import copy_version, newest, same_as, stage
 from serving.repository.checks import MANIFEST
 
 MOST_ATTEMPTS = 2  # at a load test, if the load generator was too slow
+LEAST_COMMON = 0.5  # share of the larger catalogue: fewer common items are too few to compare accuracies
 SPARE = 1.5  # times the requests that decide if all are within the limits: a few are not
 
 
@@ -106,6 +109,25 @@ class Candidate:
                 f"{ours[:12] or 'none'}, so parity would compare with another model; name the build folder that it was "
                 "made in (--new-build, NEW_BUILD=)"
             )
+
+    def catalogue(self) -> str:
+        """Compares its items with the served version's: accuracy is compared only on items that both know."""
+        before = self.model / str(self.before) / CATALOGUE
+        if not before.is_file():
+            return Skipped("no served version with names to compare with")
+        ours = self.folder / str(self.number) / CATALOGUE
+        new, old = (set(read_catalogue(path).names[1:].tolist()) for path in (ours, before))
+        common = len(new & old)
+        said = (
+            f"version {self.before} knows {common:,} of the new version's {len(new):,} items; {len(old) - common:,} "
+            f"of its own {len(old):,} are gone"
+        )
+        if common < LEAST_COMMON * max(len(new), len(old)) and not self.options.new_catalogue:
+            raise GateFailed(
+                f"{said}; at least {LEAST_COMMON:.0%} must be in both: is the log wrong or incomplete? If it is right, "
+                "confirm the new catalogue once with NEW_CATALOGUE=1 (--new-catalogue)"
+            )
+        return said
 
     def _ask(self, name: str, *flags: str) -> CommandResult:
         return run_json(name, *self.which, *flags, build=self.options.new_build)

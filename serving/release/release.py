@@ -52,6 +52,8 @@ class Release:
             with ExitStack() as servers:
                 steps.do("stage", new.stage)
                 steps.do("doctor", new.doctor)
+                if new.spec.vocabulary:
+                    steps.do("catalogue", new.catalogue)
                 steps.do("warm-up", lambda: new.start(servers))
                 steps.do("parity", lambda: new.parity(servers))
                 steps.do("accuracy", new.accuracy)
@@ -144,10 +146,13 @@ class Release:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises InputError for options that contradict each other; finds the running stack's local port."""
+    """Raises InputError before anything is built: for options that contradict each other, and for a server that does
+    not serve the repository. Finds the running stack's local port.
+    """
     if options.new_build and not options.new:
         raise InputError(f"--new-build {options.new_build}: name its repository too (--new, NEW=)")
     use_local_port(options)
+    LiveServer.find(options, newest(Path(options.repository) / options.model))
 
 
 def check_rate(rate: float, lines: list[Objective]) -> None:
