@@ -223,7 +223,7 @@ def test_samples_are_the_texts_of_the_user(checkpoints: tuple[Path, dict[str, An
         ({"sentence_bert": {"max_seq_length": 24}}, 24),
         ({"sentence_roberta": {"max_seq_length": 24}}, 24),
         ({"tokenizer": {"model_max_length": 32}}, 32),
-        ({"tokenizer": {"model_max_length": 10**30}}, POSITIONS),
+        ({"tokenizer": {"model_max_length": 10**30}, "sentence_bert": {"max_seq_length": None}}, POSITIONS),
         ({"tokenizer": {"model_max_length": 24}, "sentence_bert": {"max_seq_length": 48}}, 48),
         ({"sentence_bert": {"max_seq_length": 48, "processing_kwargs": {"text": {"max_length": 16}}}}, 16),
         ({"sentence_bert": {"processing_kwargs": {"chat_template": {}}}}, POSITIONS),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.utils import logging
 
 from cli.main import main as command
@@ -101,6 +102,13 @@ def interrupted(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def cut_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.zeros(100)}, folder / "pytorch_model.bin")
+    path = folder / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-200])
+
+
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (shutil.rmtree, (), "some: no such folder; allowed: the folder of a checkpoint on this machine"),
@@ -129,6 +137,10 @@ REFUSALS: list[tuple[Callable[[Path], object], tuple[str, ...], str]] = [
     (with_file("model.safetensors", LFS), (), "model.safetensors: only a Git LFS pointer; fetch the file: git -C "),
     (interrupted, (), "bytes, but its header says "),
     (with_file("model.safetensors", "<html>Not found</html>"), (), "model.safetensors: 22 bytes, but it is not a file of safetensors; the file is damaged"),
+    (cut_pickle, (), "bytes, but not a whole file of torch.save; the file is damaged: copy the checkpoint again"),
+    (dense(with_file("2_Dense/pytorch_model.bin", "<html>")), (), "2_Dense/pytorch_model.bin: 6 bytes, but not a whole file of torch.save"),
+    (with_file("sentence_bert_config.json", '{"max_seq_length": "256"}'), (), "sentence_bert_config.json: max_seq_length: seen '256'; a number is needed"),
+    (with_file("tokenizer_config.json", '{"model_max_length": true}'), (), "tokenizer_config.json: model_max_length: seen True; a number is needed"),
     (with_file("tokenizer.json", LFS), (), "tokenizer.json: only a Git LFS pointer; fetch the file: git -C "),
     (with_file("tokenizer.json", "{}"), (), "tokenizer.json: not a tokenizer ("),
     (with_file("tokenizer_config.json", '{"truncation_side": 3}'), (), "tokenizer_config.json: truncation_side: seen 3; allowed: left, right"),

@@ -271,12 +271,14 @@ def _limits(folder: Path, config: dict[str, Any], kind: Kind) -> dict[str, int]:
     found = {"config.json": positions - reserved}
     sentence = _sentence_config(folder)
     settings, tokenizer = read_optional(folder / sentence), read_optional(folder / "tokenizer_config.json")
-    for name, value in (
-        (sentence, _max_length(settings)),
-        (sentence, settings.get("max_seq_length")),
-        ("tokenizer_config.json", tokenizer.get("model_max_length")),
+    for name, key, value in (
+        (sentence, "max_length", _max_length(settings)),
+        (sentence, "max_seq_length", settings.get("max_seq_length")),
+        ("tokenizer_config.json", "model_max_length", tokenizer.get("model_max_length")),
     ):
-        if isinstance(value, int | float) and 1 <= value < 2**31:  # huge if the tokenizer has no limit
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise InputError(f"{folder / name}: {key}: seen {value!r:.80}; a number is needed, or null for no limit")
+        if value is not None and 1 <= value < 2**31:  # huge if the tokenizer has no limit
             found[name] = int(value)
             break  # sentence-transformers sets the tokenizer's limit to its own
     if found["config.json"] < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,12 @@ def check_fetched(path: Path) -> None:
             raise InputError(f"{path}: only a Git LFS pointer; fetch the file: git -C {path.parent} lfs pull")
         if path.suffix == ".safetensors":
             _check_whole(path, int.from_bytes(start[:8], "little"), file)
+        # torch.save writes a zip archive, whose table is at its end; before PyTorch 1.6 it wrote pickles.
+        elif path.suffix == ".bin" and not (start[:1] == b"\x80" or zipfile.is_zipfile(file)):
+            raise InputError(
+                f"{path}: {path.stat().st_size} bytes, but not a whole file of torch.save; the file is damaged: copy "
+                "the checkpoint again"
+            )
 
 
 def _check_whole(path: Path, header_bytes: int, file: BinaryIO) -> None:
