@@ -21,6 +21,7 @@ from pathlib import Path
 from deepseek.precisions import Precision
 from deepseek.spec import InputError, build_dir
 from deepseek.spec.files.folders import alone_in, write_whole
+from deepseek.spec.files.read_env_file import other_stack
 from deepseek.spec.processes.children import ends_with_us
 from deepseek.targets import PUBLISHABLE
 from export.artifact import LAST, choice_path, last_options, pruned_path, pruning_path, record_path, refusal
@@ -198,6 +199,12 @@ def build(options: argparse.Namespace, publish: bool = True) -> Plan:
         if publish:
             for stage in published_stages(plan, options):
                 builder.run([stage], lock)
+            if plan.target in PUBLISHABLE and (other := stack_elsewhere(plan, options)):
+                print(
+                    f"engine    {options.env_file} stays as it is: its stack has {other}; make stack with this "
+                    "REPOSITORY= and BUILD= points it here",
+                    flush=True,
+                )
     return plan
 
 
@@ -205,7 +212,13 @@ def published_stages(plan: Plan, options: argparse.Namespace) -> Iterator[Stage]
     """The stages after precision selection; none for tensorrt_rtx, whose engines Triton cannot load."""
     if plan.target in PUBLISHABLE:
         yield publish_stage(plan)
-        yield stack_stage(plan, options)
+        if not stack_elsewhere(plan, options):
+            yield stack_stage(plan, options)
+
+
+def stack_elsewhere(plan: Plan, options: argparse.Namespace) -> str:
+    """What shows that the env file's stack serves another repository, which this build must not replace; "" if not."""
+    return other_stack(Path(options.env_file), Path(plan.repository), build_dir(""))
 
 
 def build_graphs(plan: Plan, precisions: list[Precision]) -> None:

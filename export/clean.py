@@ -13,15 +13,20 @@ from pathlib import Path
 
 from deepseek.spec import build_dir
 from deepseek.spec.files.folders import SCRATCH, alone_in, write_whole
+from deepseek.spec.files.read_env_file import other_stack
 from deepseek.spec.files.repository import model_folders
 
 OURS = ("# Yours: ", "# Written by make engine")
 CHOICES = ("COMPOSE_PROJECT_NAME=", "GATEWAY_PORT=", "LOCAL_PORTS=")
 
 
-def remove_env_file(path: Path) -> None:
-    """Removes what `make stack` computes; the user's choices, and the lines below "# Yours:", stay."""
-    if not path.is_file():
+def remove_env_file(options: argparse.Namespace) -> None:
+    """Removes what `make stack` computes; the user's choices, and the lines below "# Yours:", stay.
+
+    The env file of a stack that serves another repository stays as it is.
+    """
+    path = Path(options.env_file)
+    if not path.is_file() or other_stack(path, Path(options.repository), build_dir("")):
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if not any(line.startswith(OURS) for line in lines):
@@ -44,7 +49,7 @@ def main(options: argparse.Namespace) -> None:
         if model_folders(Path(options.repository)):
             print("clean     other models are left; make stack rewrites the stack's limits and alerts for them")
         else:
-            remove_env_file(Path(options.env_file))
+            remove_env_file(options)
 
 
 def everything(options: argparse.Namespace) -> None:
@@ -57,7 +62,7 @@ def everything(options: argparse.Namespace) -> None:
         for path in (*model_folders(repository), *repository.glob(f"{SCRATCH}*")):
             _remove(path)
         _remove(build_dir(""))
-        remove_env_file(Path(options.env_file))
+        remove_env_file(options)
 
 
 def _remove(path: Path) -> None:

@@ -165,6 +165,21 @@ def test_clean_keeps_the_users_own_lines_and_choices(tiny: Path) -> None:
     assert env.read_text() == ours + yours  # the stack still serves another model
 
 
+@pytest.mark.parametrize("setting", ["STACK_REPOSITORY", "STACK_BUILD"])
+def test_a_build_or_clean_elsewhere_leaves_the_env_file_of_the_stack(
+    setting: str, engine: Run, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = f"{WRITTEN}\n{setting}='{tiny}/of the stack'\n{OWN}\n"
+    (tiny / "env").write_text(before)
+    (tiny / "of the stack").mkdir()
+    assert "stack" not in engine()
+    assert f"/env stays as it is: its stack has {setting}={tiny}/of the stack; make stack" in capsys.readouterr().out
+    clean.main(options_of(tiny))
+    assert (tiny / "env").read_text() == before
+    (tiny / "of the stack").rmdir()  # the clone was moved
+    assert "stack" in engine()
+
+
 def test_a_build_that_does_nothing_loads_neither_torch_nor_numpy(engine: Run, tiny: Path) -> None:
     engine()
     where = (f"--models={tiny}/models", f"--repository={tiny}/repository", f"--env-file={tiny}/env")

@@ -27,6 +27,16 @@ def gpu_stack_tag(path: Path) -> str:
     return setting_before(path, "TRITON_TAG") if on_gpu else ""
 
 
+def other_stack(env_file: Path, repository: Path, build: Path) -> str:
+    """The setting and folder that show that the env file's stack belongs to another repository or build folder; "" if
+    it belongs to these, if that folder is gone, or if there is no stack."""
+    for name, ours in (("STACK_REPOSITORY", repository), ("STACK_BUILD", build)):
+        theirs = setting_before(env_file, name)
+        if theirs and Path(theirs) != ours.resolve() and Path(theirs).is_dir():
+            return f"{name}={theirs}"
+    return ""
+
+
 def running_gateway(repository: Path, env_file: Path) -> str:
     """host:port of the stack's gateway if the env file's stack serves this repository and something listens there."""
     served, port = (setting_before(env_file, name) for name in ("STACK_REPOSITORY", "GATEWAY_PORT"))
