@@ -296,6 +296,22 @@ def test_a_rollback_starts_even_while_requests_fail(tmp_path: Path, monkeypatch:
         Rollback(live_options("127.0.0.1:9", repository=tmp_path), journal, 2, 1).switch()
 
 
+def test_a_rollback_whose_load_is_lost_still_waits_for_the_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise InvalidMeasurement("the load was stopped, but did not end within 33 s")
+
+    load = SimpleNamespace(begin=lambda: 2, change=lambda: None, result=lost)
+    monkeypatch.setattr("serving.release.rollback.SteadyLoad", lambda *_: nullcontext(load))
+    monkeypatch.setattr(Rollback, "_take_out", lambda _: None)
+    monkeypatch.setattr(LiveServer, "look", lambda _: (1, ""))
+    rollback = Rollback(live_options("127.0.0.1:9", repository=tmp_path), ReleaseJournal(tmp_path, "rollback", 1), 2, 1)
+    assert re.fullmatch(
+        r"version 1 serves after .* s; not watched under load: .* did not end within 33 s", rollback.switch()
+    )
+
+
 @pytest.mark.parametrize(
     ("slo", "seconds"),
     [

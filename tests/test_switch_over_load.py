@@ -55,6 +55,15 @@ def test_a_load_that_died_is_reported_with_its_reason(monkeypatch: pytest.Monkey
             own.so_far()
 
 
+def test_a_load_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadtests.load.background_load.STOP_S", 0.01)
+    monkeypatch.setattr(
+        "loadtests.load.background_load.PROCESS", "import time; print(0.0, flush=True); time.sleep(600)"
+    )
+    with BackgroundLoad([]) as own, pytest.raises(InvalidMeasurement, match=r"did not end within 0\.01 s"):
+        own.stop()
+
+
 def test_the_figures_cover_the_load_before_around_and_after_the_change() -> None:
     log = RequestLog([sent_at(0, 1), sent_at(1, 2), sent_at(2, 50), sent_at(2.5, 3, "ServerBusy: full"), sent_at(4, 4)])
     found = result_of(log, changed_s=2, seen_s=2.7)

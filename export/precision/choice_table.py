@@ -1,4 +1,7 @@
-"""Prints how the precisions compare: a table, why each was chosen or not, and the shares of sensitive layers."""
+"""Prints how the precisions compare: a table, why each was chosen or not, and how many layers had to stay high.
+
+The stage that quantizes prints the shares of these layers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from rich.table import Table
 from deepseek.precisions import EIGHT_BITS
 from deepseek.spec.paired_drop import interval_text
 from export.artifact import human_bytes
-from export.precision.sensitivity import shares_table, verdict
+from export.precision.sensitivity import verdict
 
 
 def show(result: dict[str, Any]) -> None:
@@ -24,7 +27,6 @@ def show(result: dict[str, Any]) -> None:
     for name, report in result["sensitivity"].items():
         if report["layers"]:
             print(f"{name:<9} sensitivity: {verdict(report, name, report['high'])}")
-            Console(width=max(Console().width, 100), markup=False).print(shares_table(report, name, report["high"]))
 
 
 def _table(result: dict[str, Any]) -> Table:

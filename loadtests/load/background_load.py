@@ -29,6 +29,7 @@ from loadtests.load.request_log import RequestLog, RequestRecorder, SentRequest
 from loadtests.results.settings import LoadSettings
 
 MOST_IN_FLIGHT = 4096  # default for a stream; requests beyond it are dropped
+STOP_S = 30.0  # for the end of a stopped load, beyond the time-out of its last requests
 MOST_FILES = 10_000  # open files of the process, the same as Locust's limit; each connection is one
 SO_FAR = "so far\n"
 PROCESS = """
@@ -56,6 +57,7 @@ class BackgroundLoad:
         self._log = Path(self._folder.name) / "log.json"
         plan = Path(self._folder.name) / "streams.json"
         plan.write_text(json.dumps([asdict(stream) for stream in streams]))
+        self._stop_s = STOP_S + max((stream.settings.timeout_s for stream in streams), default=0)
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(plan), str(self._log)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=our_environment(**(environment or {})),
@@ -102,6 +104,10 @@ class BackgroundLoad:
         """Stops sending, waits for the answers, returns all requests by stream."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+        try:
+            self._process.wait(self._stop_s)
+        except subprocess.TimeoutExpired:
+            raise InvalidMeasurement(f"the load was stopped, but did not end within {self._stop_s:g} s") from None
         return self.wait()
 
     def wait(self) -> dict[str, RequestLog]:

@@ -61,7 +61,10 @@ class Rollback:
                 return self._unwatched(str(error))
             load.change()
             self._take_out()
-            found: dict[str, Any] = load.result()
+            try:
+                found: dict[str, Any] = load.result()
+            except InvalidMeasurement as error:  # the repository is back: only the load is lost
+                return self._unwatched(str(error))
         self.journal.keep("switch.json", found)
         if found["switched_s"] is None:
             raise GateFailed(
