@@ -10,7 +10,8 @@ import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-PRECISIONS = ("int8", "fp8", "fp16", "fp32")
+from deepseek.precisions import PRECISIONS
+
 ON_GPU = ("gpu", "runtime")
 IN_PYTORCH = ("gpu", "torch")
 PROJECT = "deepseek-gpu-check"
@@ -106,7 +107,7 @@ def build(where: Where, model: str) -> list[GpuStep]:
                 needs=(*ON_GPU, "fp8") if precision == "fp8" else ON_GPU,
                 claim=claims.get(precision, ""),
             )
-            for precision in PRECISIONS
+            for precision in reversed(PRECISIONS)
         ),
         GpuStep(f"engine {model}", ours(*engine, *where.published()), limit_s=FIRST_BUILD_S, needs=ON_GPU),
         GpuStep(

@@ -1,7 +1,7 @@
 """The precisions: one row each, which the options, `deploy.toml`, the build and the planner all read.
 
-To add a precision, add a row here, its name to `Precision`, and the code that converts a graph to it
-(`export.precision`). Imports only the standard library.
+To add a precision, add a row here and its name to `Precision`. ModelOpt's AutoCast makes graphs of 16 bits, and its
+quantization those of 8 (`export.stages.quantize`). Imports only the standard library.
 
 Example:
     PRECISIONS["int8"].bits    # 8
@@ -19,14 +19,20 @@ NumberType = Literal[Precision, "tf32", "bf16"]
 """Types that devices compute in: the precisions, and types used only by runtimes and in training."""
 HighPrecision = Literal["fp16", "fp32"]
 """The precision of layers that are not quantized."""
+Format = Literal["int", "float"]
+"""Format of a number. Two precisions with the same bits differ in it."""
+Method = Literal["max", "entropy"]
+"""How calibration finds the range of an activation."""
+MethodChoice = Literal["auto", Method]
+OpType = Literal["MatMul", "Gemm", "Conv"]
+"""Operators that can be quantized to 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionFacts:
     bits: int
     """Bits of a weight."""
-    format: Literal["int", "float"]
-    """Format of a quantized number."""
+    format: Format
     may_quantize_weights_alone: bool = False
     """Whether activations may keep the high precision."""
     worst_error: float
@@ -78,7 +84,7 @@ PRECISIONS: dict[Precision, PrecisionFacts] = {
 BITS: dict[NumberType, int] = {**{name: row.bits for name, row in PRECISIONS.items()}, "tf32": 32, "bf16": 16}
 """Bits of a number in memory."""
 REDUCED: tuple[Precision, ...] = tuple(name for name, row in PRECISIONS.items() if row.bits < 32)
-"""Precisions to which `export.stages.quantize` converts the fp32 graph."""
+"""Precisions to which `export.stages.quantize` converts the fp32 graph: those of EIGHT_BITS, and those of 16 bits."""
 EIGHT_BITS: tuple[Precision, ...] = tuple(name for name, row in PRECISIONS.items() if row.bits == 8)
 """Precisions whose activations get ranges from calibration data; layers not quantized keep the high precision."""
 CHOICES = ("auto", *PRECISIONS)

@@ -10,16 +10,15 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from pydantic import Field
 
-from deepseek.precisions import PRECISIONS, REDUCED, HighPrecision, Precision
+from deepseek.precisions import PRECISIONS, REDUCED, Format, HighPrecision, MethodChoice, OpType, Precision
 from deepseek.settings import settings
 from deepseek.spec import InputError
 from deepseek.spec.checks import RegularExpression
 
-Format = Literal["int", "float"]
 # (weight bits, activation bits, number format) that both ModelOpt's ONNX path and TensorRT support.
 SUPPORTED: dict[tuple[int, int, str], Precision] = {
     **{(row.bits, row.bits, row.format): name for name, row in PRECISIONS.items() if name in REDUCED},
@@ -30,9 +29,6 @@ SUPPORTED: dict[tuple[int, int, str], Precision] = {
         for activation_bits in (16, 32)
     },
 }
-Method = Literal["max", "entropy"]
-MethodChoice = Literal["auto", "max", "entropy"]
-OpType = Literal["MatMul", "Gemm", "Conv"]
 
 
 @settings

@@ -12,6 +12,8 @@ import pytest
 
 from deepseek import QuantConfig, TransformerConfig
 from deepseek.config import AdviceWarning, TrainingConfig
+from deepseek.precisions import REDUCED
+from deepseek.quantization import SUPPORTED
 from deepseek.spec import InputError
 
 LARGE: dict[str, Any] = {
@@ -104,3 +106,7 @@ def test_a_size_outside_the_advice_only_warns_at_the_callers_line(change: dict[s
 def test_bits_and_format_determine_the_precision(settings: dict[str, Any], precision: Any) -> None:
     assert QuantConfig(**settings).precision == precision
     assert QuantConfig.of_precision(precision).precision == precision
+
+
+def test_each_reduced_precision_is_told_from_the_others_by_bits_and_format() -> None:
+    assert {*SUPPORTED.values()} == {*REDUCED}, "deepseek/precisions.py: give rows of the same bits different formats"

@@ -63,10 +63,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(
-    ("names", "rows"), [(Precision, PRECISIONS), (Target, TARGETS), (Provider, ["auto", *PROVIDERS])]
+    ("names", "rows", "where"),
+    [
+        (Precision, PRECISIONS, "Precision and PRECISIONS of deepseek/precisions.py"),
+        (Target, TARGETS, "Target and TARGETS of deepseek/targets.py"),
+        (Provider, ["auto", *PROVIDERS], "Provider of deepseek/targets.py, PROVIDERS of onnxruntime_session.py"),
+    ],
 )
-def test_each_name_that_deploy_toml_accepts_has_a_row(names: Any, rows: Any) -> None:
-    assert list(get_args(names)) == list(rows)
+def test_each_name_that_deploy_toml_accepts_has_a_row(names: Any, rows: Any, where: str) -> None:
+    assert list(get_args(names)) == list(rows), where
 
 
 @pytest.mark.parametrize(("old", "new", "key", "hint"), MISTAKES.values(), ids=MISTAKES.keys())

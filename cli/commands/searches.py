@@ -20,7 +20,7 @@ from cli.commands.shared_options import (
 )
 from cli.options import NOT_NEGATIVE, POSITIVE, Number, Option, at_least, path, path_text, switch
 from cli.table import Command
-from deepseek.precisions import PRECISIONS
+from deepseek.precisions import CHOICES
 
 RATE = Number("a number, 0.001 to 1,000,000,", least=0.001, most=1e6)
 TUNE_PAIRS = Number("a whole number from 9 to 200", least=9, most=200, whole=True)
@@ -157,7 +157,7 @@ TUNE = Command(
     options=(
         *MODEL,
         TARGET,
-        Option("--precision", "precision to tune for", choices=("auto", *PRECISIONS), default="auto", variable=""),
+        Option("--precision", "precision to tune for", choices=CHOICES, default="auto", variable=""),
         PROTOCOL,
         LOCAL_ROUTE,
         PRIORITY,

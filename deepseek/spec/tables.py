@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, create_model, field_validator, model_validator
 
 from deepseek.onnxruntime_session import cores
-from deepseek.precisions import PRECISIONS, Precision, PrecisionFacts
+from deepseek.precisions import PRECISIONS, MethodChoice, OpType, Precision, PrecisionFacts
 from deepseek.spec.checks import RegularExpression, Table, at, fitting
 from deepseek.targets import PROVIDERS, Provider, is_accelerator
 
 # Types that ONNX, TensorRT and Triton all support; numpy uses the same names.
 DType = Literal["bool", "uint8", "int8", "int32", "int64", "float16", "float32"]
-TRITON_DTYPES: Mapping[str, str] = {
-    "bool": "BOOL",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
-    "float16": "FP16",
-    "float32": "FP32",
-}
+TRITON_DTYPES: Mapping[str, str] = {name: name.upper().replace("FLOAT", "FP") for name in get_args(DType)}
 ONLINE, BULK = 1, 2  # priorities of requests: bulk ones wait in a queue behind the others
 BATCH = "batch"  # the axis that Triton batches over: first in every tensor
 # Labels, warm-up files and rows of an .npz are named after tensors; torch.export turns an axis into a Python name.
@@ -111,7 +103,7 @@ class PrecisionSpec(Table):
     A metric row by row gives each loss an interval."""
     max_drop: float = Field(0.01, ge=0, le=1)
     """Largest allowed loss, relative to fp32 PyTorch: 0.01 is 1 %."""
-    calibration_method: Literal["auto", "max", "entropy"] = "auto"
+    calibration_method: MethodChoice = "auto"
     """How to choose the int8 and fp8 ranges: `max` by the largest magnitude, `entropy` by the smallest KL divergence,
     `auto` whichever keeps the outputs closer to fp32."""
     calibration_samples: int = Field(512, ge=2)
@@ -121,7 +113,7 @@ class PrecisionSpec(Table):
     weight_only: bool = False
     """Quantize only the weights to int8. Activations keep the high precision, without clipping: the file is small,
     but hardly faster."""
-    op_types: tuple[Literal["MatMul", "Gemm", "Conv"], ...] = Field(("MatMul", "Gemm", "Conv"), min_length=1)
+    op_types: tuple[OpType, ...] = Field(get_args(OpType), min_length=1)
     """Operators to quantize to 8 bits; all others keep the high precision."""
     keep_high: tuple[RegularExpression, ...] = ()
     """Regular expressions of ONNX node names that are never quantized."""

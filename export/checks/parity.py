@@ -38,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
+from deepseek.precisions import EIGHT_BITS
 from deepseek.spec import (
     TEXT,
     TRITON_DTYPES,
@@ -269,7 +270,7 @@ def run_trials(
     with log.status("small requests at once"):
         batching = {judge.protocol: compare_batching(judge, rows, executions) for judge in judges}
     if float_inputs(spec):
-        gate = spec.parity.nonfinite_inputs == "gate" and precision in ("fp32", "fp16")
+        gate = spec.parity.nonfinite_inputs == "gate" and precision not in EIGHT_BITS
         with log.status("NaN and Inf"):
             for judge in judges:
                 compare_specials(judge, rows, reference, tolerance, gate=gate)

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from onnxruntime.quantization.calibrate import HistogramCollector
 
-from deepseek.quantization import Method
+from deepseek.precisions import Method
 from deepseek.spec import GateFailed
 from export.precision.qdq import COMPUTE_OPS, producers_of, quantized_names
 from export.quiet import quiet

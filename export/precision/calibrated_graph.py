@@ -17,7 +17,8 @@ from typing import Any
 
 import onnx
 
-from deepseek.quantization import Method, QuantConfig
+from deepseek.precisions import Method
+from deepseek.quantization import QuantConfig
 from deepseek.spec import DeploymentSpec, GateFailed, one_line
 from export.artifact import onnx_path
 from export.cache import fill, stage_key

@@ -1,8 +1,8 @@
 """Calls ModelOpt, and turns its failures into one-line errors.
 
-Contract: `fp16_from_onnx` is AutoCast, `qdq_from_onnx` is post-training quantization with Q/DQ pairs around
-weights that are still wide. ModelOpt rewrites the graph that it reads and leaves files beside it: give it a copy in
-a folder of its own. Its exceptions become GateFailed: this precision fails for this model, others may work.
+Contract: `autocast_onnx` makes graphs of 16 bits; `qdq_from_onnx` is post-training quantization to 8 bits, with Q/DQ
+pairs around weights that are still wide. ModelOpt rewrites the graph that it reads and leaves files beside it: give it
+a copy in a folder of its own. Its exceptions become GateFailed: this precision fails for this model, others may work.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def _exactly(names: list[str]) -> list[str]:
     return [f"{re.escape(name)}$" for name in names]
 
 
-def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> onnx.ModelProto:
-    """Runs AutoCast: fp16 wherever the values of real inputs allow it; inputs and outputs keep their types."""
+def autocast_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> onnx.ModelProto:
+    """Runs AutoCast: 16 bits wherever the values of real inputs allow it; inputs and outputs keep their types."""
     from modelopt.onnx.autocast import convert_to_mixed_precision  # slow to import: only where it runs
 
     samples = path.parent / "samples"
@@ -79,10 +79,10 @@ def fp16_from_onnx(path: Path, config: QuantConfig, calibration: Calibration) ->
     for index, inputs in enumerate([calibration.get_first(), *calibration.batches][:AUTOCAST_BATCHES]):
         save_arrays(samples / f"{index}.npz", inputs)
     known = _dim_names(onnx.load(path, load_external_data=False).graph)
-    with _modelopt("fp16"):
+    with _modelopt(config.precision):
         model = convert_to_mixed_precision(
             str(path),
-            low_precision_type="fp16",
+            low_precision_type=config.precision,
             keep_io_types=True,
             nodes_to_exclude=_exactly(high_nodes(path, config)) or None,
             op_types_to_exclude=list(CONTROL_FLOW),  # their subgraphs share values with the rest

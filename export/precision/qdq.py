@@ -12,14 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 
+from deepseek.precisions import OpType
 from export.graphs.graph_file import tensor_bytes
 
-COMPUTE_OPS = ("MatMul", "Gemm", "Conv")
+COMPUTE_OPS: tuple[str, ...] = get_args(OpType)
 CARRIERS = ("Transpose", "Reshape", "Cast")  # may stand between a pair and its layer
 _FP8_LARGEST = 448
 _WORTH_SHARING_BYTES = 256

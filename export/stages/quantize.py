@@ -1,7 +1,7 @@
-"""Converts the fp32 graph to fp16, int8 or fp8; the precision is written into the graph itself.
+"""Converts the fp32 graph to 16 or 8 bits; the precision is written into the graph itself.
 
 Contract: reads `build/<name>/fp32/model.onnx` and real calibration inputs; writes `build/<name>/<precision>/model.onnx`
-with unchanged input and output types. fp16 is ModelOpt AutoCast; int8 and fp8 are ModelOpt PTQ, whose Q/DQ nodes both
+with unchanged input and output types. 16 bits are ModelOpt AutoCast; 8 bits are ModelOpt PTQ, whose Q/DQ nodes both
 ONNX Runtime and TensorRT accept. The stage then checks the precision of the operators in the graph. An 8-bit graph
 that breaks the budget goes through the sensitivity pass, which keeps the worst layers high. Beside the graph lie
 sensitivity.json (each layer's share of the error) and calibration.json (would more samples help?).
@@ -42,7 +42,7 @@ from export.model_folder import ModelFolder
 from export.precision.activation_ranges import ENDLESS, MOST_GROWTH
 from export.precision.calibrated_graph import copied
 from export.precision.calibration import Calibration, calibration_of
-from export.precision.ptq import check_source, fp16_from_onnx
+from export.precision.ptq import autocast_onnx, check_source
 from export.precision.qdq import COMPUTE_OPS, found_precision, share_equal_weights
 from export.precision.quantize_8bit import log, to_8_bits
 from export.precision.sensitivity import shares_table, verdict
@@ -61,7 +61,7 @@ def prove(config: QuantConfig, found: dict[str, Any]) -> None:
         if not counts:
             raise GateFailed(f"the graph has no {operators} to run in {config.precision}")
         why = "be too small to gain (ModelOpt skips sizes under 16), multiply two activations (wide on a CPU)"
-        if config.precision == "fp16":
+        if config.precision not in EIGHT_BITS:
             why = "have values too large for it on calibration rows"
         raise GateFailed(
             f"no {operators} of the graph runs in {config.precision} (found: "
@@ -114,10 +114,10 @@ def _quantize(
     graph = scratch / "model.onnx"
     reports: dict[str, Any] = {}
     with scratch_in(scratch) as work, log.status(f"{config.precision} of {spec.name}"):
-        if config.precision == "fp16":
-            model = fp16_from_onnx(copied(spec, work / "fp16"), config, calibration)
-        else:
+        if config.precision in EIGHT_BITS:
             model, reports = to_8_bits(spec, config, calibration, evaluation, work, model_folder)
+        else:
+            model = autocast_onnx(copied(spec, work / "autocast"), config, calibration)
         share_equal_weights(model)
         save_graph(model, graph)
     found = found_precision(graph)
