@@ -14,11 +14,13 @@ from pathlib import Path
 
 from deepseek.precisions import EIGHT_BITS, Precision
 from deepseek.spec import build_dir
+from deepseek.spec.checks import Table
 from deepseek.spec.files.image_tag import image_tag
 from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.files.released import last_rollback
 from deepseek.spec.machine.cpu import this_cpu
 from deepseek.spec.machine.gpus import gpus
+from deepseek.spec.tables import PrecisionSpec, TensorrtSpec
 from deepseek.targets import TARGETS
 from export.artifact import choice_path, engine_path, onnx_path, rows_path, weights_path
 from export.dependencies.sources import ROOT
@@ -30,6 +32,7 @@ from export.runtimes.tensorrt_container import image_name
 SIGNATURE = ("name", "inputs", "outputs", "axes")
 MEASURED = (*SIGNATURE, "precision.metric", "onnxruntime")  # by which a variant's accuracy is measured
 BUDGET = ("precision.max_drop", "precision.candidates")  # the confidence depends on the number of candidates
+CUDA_GRAPHS = ("tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")  # Triton reads them, not the builder
 MODELOPT = "nvidia-modelopt[onnx]"  # imports the packages of its extra only at run time
 
 
@@ -134,14 +137,13 @@ def _to_onnx(plan: Plan) -> Stage:
 def _quantize(plan: Plan, precision: Precision) -> Stage:
     graph = onnx_path(plan.model, precision)
     rows = [rows_path(plan.model, split) for split in ("calibration", "evaluation")]
-    how = ("calibration_method", "calibration_samples", "per_channel", "weight_only", "op_types", "keep_high")
     high = TARGETS[plan.target].high_precision if precision in EIGHT_BITS else ""
     calibrate = Stage(
         name=f"calibrate {precision}",
         command=(),
         module="export.precision.calibrated_graph",
         reads=(onnx_path(plan.model, "fp32"), *rows),
-        keys=(*SIGNATURE, "onnxruntime", *(f"precision.{key}" for key in how)),
+        keys=(*SIGNATURE, "onnxruntime", *_keys_but("precision", PrecisionSpec, *BUDGET, "precision.metric")),
         settings={"--precision": precision, "high precision": high, "accelerator": _accelerator(plan)},
         packages=(MODELOPT,),
     )
@@ -166,21 +168,25 @@ def _quantize(plan: Plan, precision: Precision) -> Stage:
 
 def _to_tensorrt(plan: Plan, precision: Precision) -> Stage:
     engine = engine_path(plan.model, precision, plan.target)
-    options: tuple[str, ...] = ("optimization_level", "workspace_mib")
-    if plan.target == "tensorrt":
-        options += ("hardware_compatibility", "version_compatible", "timing_cache")
+    not_of_rtx = ("hardware_compatibility", "version_compatible", "timing_cache")
+    others = [f"tensorrt.{key}" for key in not_of_rtx] if plan.target == "tensorrt_rtx" else []
     return Stage(
         name=f"to_tensorrt {precision}",
         command=("to-tensorrt", "--precision", precision, "--target", plan.target, *_candidate(plan, precision)),
         module="export.stages.to_tensorrt",
         reads=(onnx_path(plan.model, precision),),
-        keys=(*SIGNATURE, *(f"tensorrt.{option}" for option in options)),
+        keys=(*SIGNATURE, *_keys_but("tensorrt", TensorrtSpec, *CUDA_GRAPHS, *others)),
         settings=_device(plan),
         packages=(plan.target.replace("_", "-"),),
         on_compiler=True,
         writes=(engine,),
         beside=(engine.with_name("manifest.json"),),
     )
+
+
+def _keys_but(name: str, table: type[Table], *others: str) -> tuple[str, ...]:
+    """The keys of a table of deploy.toml but `others`: so a new key is an input at once."""
+    return tuple(key for field in table.model_fields if (key := f"{name}.{field}") not in others)
 
 
 def _candidate(plan: Plan, precision: Precision) -> tuple[str, ...]:
@@ -264,7 +270,6 @@ def _measure_batches(plan: Plan) -> Stage:
 
 def publish_stage(plan: Plan) -> Stage:
     """The stage that adds the next version to the repository."""
-    graphs = ("tensorrt.cuda_graphs", "tensorrt.cuda_graph_batches")
     text, vocabulary = plan.spec.text_for(plan.target), plan.spec.vocabulary_for(plan.target)
     file = text.tokenizer if text else vocabulary.file if vocabulary else ""
     settings = {"target": plan.target, "GPUs": ", ".join(map(str, gpus() if plan.target == "tensorrt" else ()))}
@@ -283,7 +288,7 @@ def publish_stage(plan: Plan) -> Stage:
             *backend_files(plan.spec, plan.target).values(),
             *((plan.folder / file, build_dir(plan.model) / file) if file else ()),
         ),
-        keys=(*SIGNATURE, "batching", "slo", "onnxruntime", "text", "vocabulary", *graphs),
+        keys=(*SIGNATURE, "batching", "slo", "onnxruntime", "text", "vocabulary", *CUDA_GRAPHS),
         tuned=True,
         settings=settings,
         beside=(plan.repository / plan.model / "config.pbtxt",),

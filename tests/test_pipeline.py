@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from deepseek.spec import Target
+from deepseek.spec import DeploymentSpec, Target
 from deepseek.spec.files.measured_batches import batches_path
 from deepseek.spec.machine.cpu import Cpu
 from deepseek.spec.vocabulary import CATALOGUE
@@ -325,6 +325,14 @@ def test_only_stages_that_run_the_model_depend_on_its_code_and_only_those_of_an_
     made_for = [seen[target][name]["high precision"] for target in ("onnxruntime", "tensorrt_rtx") for name in GRAPHS]
     assert made_for == ["", "fp32", "", "fp16"]
     assert "package tensorrt" not in seen["onnxruntime"][SELECT]
+
+
+def test_every_table_of_deploy_toml_is_an_input_of_a_stage(tiny: Path) -> None:
+    plans = [plan.build_plan_of(options_of(tiny, target=target)) for target in ("onnxruntime", "tensorrt_rtx")]
+    stages = [stage for made in plans for stage in (*build.stages_of(made), build.publish_stage(made))]
+    read = {key.partition(".")[0] for stage in stages for key in stage.keys}
+    where = "export/pipeline.py: name a new table among the `keys` of the stages that read it"
+    assert DeploymentSpec.model_fields.keys() - read == {"tuned"}, where
 
 
 @pytest.mark.parametrize(("model", "file"), [("minilm", "tokenizer.json"), ("recommender", CATALOGUE)])
