@@ -18,8 +18,8 @@ import pytest
 
 from cli.main import main as command_line
 from deepseek.spec import SloSpec, variables_for
-from deepseek.spec.objectives import formatted
-from loadtests.slo.judge import judge, overall
+from deepseek.spec.objectives import KINDS, formatted
+from loadtests.slo.judge import JUDGES, judge, overall
 from loadtests.slo.judged_objectives import SloStatus
 from tests.saved_runs import Request, saved_run, steady
 
@@ -375,3 +375,8 @@ def test_a_run_that_gave_up_what_a_looser_slo_allows_is_invalid_by_it(tmp_path: 
     loose, tight = (judge(run, SloSpec(p99_ms=limit_ms, max_error_rate=0.1)) for limit_ms in (5001, 5000))
     assert (loose.verdict, tight.verdict) == ("invalid", "violated")
     assert loose.problems == ("50 requests timed out after 5 s, but the SLO allows longer answers: measure again",)
+
+
+def test_every_kind_of_objective_that_depends_on_load_has_a_judge() -> None:
+    of_load = {kind for kind, facts in KINDS.items() if facts.of_load}
+    assert JUDGES.keys() == of_load, "loadtests/slo/judge.py: JUDGES"

@@ -19,7 +19,6 @@ from deepseek.spec.checks import Table
 Relation = Literal["<", "<=", ">", ">="]
 Kind = Literal["ms", "error_rate", "throughput", "quality"]
 SIGNS: dict[Relation, str] = {"<": "<", "<=": "≤", ">": ">", ">=": "≥"}
-MEASURES = "p<percent>_ms, mean_ms, max_ms, error_rate, throughput"
 _OBJECTIVE = re.compile(
     r"(?P<measure>[^\s<>=]+)\s*(?P<relation><=|>=|<|>)\s*(?P<limit>\d+\.?\d*|\.\d+)\s*(?P<unit>%|ms|rps)?"
     r"(?P<baseline>\s*\*\s*baseline)?(\s*@\s*(?P<rate>\d+\.?\d*)\s*rps)?"
@@ -63,7 +62,7 @@ class Objective:
     @property
     def kind(self) -> Kind:
         """Kind of the measure: a latency, a share, a rate, or the model's task metric."""
-        return next(kind for kind, facts in KINDS.items() if facts.measures.fullmatch(self.measure))
+        return next(kind for kind, facts in KINDS.items() if facts.has(self.measure))
 
     @property
     def facts(self) -> KindFacts:
@@ -144,8 +143,8 @@ def _throughput_fault(line: Objective) -> str | None:
 class KindFacts:
     """Facts about a kind of objective that all rooms share; each room measures it by the kind's name."""
 
-    measures: re.Pattern[str]
-    """Matches the names of its measures."""
+    measures: tuple[str, ...]
+    """Names of its measures, as messages show them; empty: any other name."""
     from_above: bool
     """Lower is better: a limit is an upper limit."""
     of_load: bool = True
@@ -162,12 +161,17 @@ class KindFacts:
     figure: Callable[[float], str]
     """Formats a value with its unit."""
 
+    def has(self, measure: str) -> bool:
+        """Whether a measure is of this kind."""
+        shown = "p<percent>_ms" if _PERCENTILE.fullmatch(measure) else measure
+        return shown in self.measures or not self.measures
+
 
 # To add a kind of objective, add a row here, and a function in `JUDGES` of `loadtests/slo/judge.py`.
-# A line has the kind of the first row whose `measures` matches.
+# A line has the kind of the first row that has its measure.
 KINDS: dict[Kind, KindFacts] = {
     "ms": KindFacts(
-        measures=re.compile(f"{_PERCENTILE.pattern}|mean_ms|max_ms"),
+        measures=("p<percent>_ms", "mean_ms", "max_ms"),
         from_above=True,
         unit="ms",
         meaning="latency",
@@ -175,7 +179,7 @@ KINDS: dict[Kind, KindFacts] = {
         figure=lambda value: f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms",
     ),
     "error_rate": KindFacts(
-        measures=re.compile("error_rate"),
+        measures=("error_rate",),
         from_above=True,
         unit="%",
         meaning="requests that fail",
@@ -183,7 +187,7 @@ KINDS: dict[Kind, KindFacts] = {
         figure=lambda value: f"{value:.3%}",
     ),
     "throughput": KindFacts(
-        measures=re.compile("throughput"),
+        measures=("throughput",),
         from_above=False,
         unit="rps",
         meaning="successful responses per second",
@@ -191,7 +195,7 @@ KINDS: dict[Kind, KindFacts] = {
         figure=lambda value: f"{value:.1f}/s" if abs(value) >= 1 or not value else f"{value:.2g}/s",
     ),
     "quality": KindFacts(
-        measures=re.compile(".*"),
+        measures=(),
         from_above=False,
         of_load=False,
         has_baseline=True,
@@ -200,6 +204,8 @@ KINDS: dict[Kind, KindFacts] = {
         figure=lambda value: f"{value:.4f}",
     ),
 }
+MEASURES = ", ".join(name for facts in KINDS.values() for name in facts.measures)
+"""The measures that any model has."""
 
 
 def formatted(kind: Kind, value: float) -> str:
@@ -295,8 +301,8 @@ class SloSpec(Table):
         lines = [Objective.parse(line) for line in self.objectives]
         found = [
             Objective(name=name, measure=name, relation="<=", limit=limit)
-            for name in ("p50_ms", "p95_ms", "p99_ms")
-            if (limit := getattr(self, name)) is not None
+            for name in SloSpec.model_fields
+            if KINDS["ms"].has(name) and (limit := getattr(self, name)) is not None
         ]
         if self.rate_rps is not None:
             found.append(Objective(name="rate_rps", measure="throughput", relation=">=", limit=self.rate_rps))

@@ -1,6 +1,6 @@
 """Applies the objectives of an SLO to a trial at any rate.
 
-- Latency and errors apply as written.
+- Upper limits, on latency and errors, apply as written.
 - An objective that is bound to a rate (`p50_ms < 10 @ 200 rps`) applies at every rate up to its own: what holds at a
   rate also holds at every lower one. Above its rate it does not apply.
 - Rate and throughput: the server must keep up with the rate of the trial, less the errors that the SLO allows and the
@@ -31,8 +31,8 @@ DEFAULT_IN_FLIGHT_S = 1.0  # seconds of requests in flight at the end, if the SL
 
 
 def bound_rates(slo: SloSpec) -> list[float]:
-    """The rates to which objectives on latency or errors are bound, ascending."""
-    lines = [line for line in slo.all_objectives() if line.kind in ("ms", "error_rate")]
+    """The rates to which upper limits are bound, ascending."""
+    lines = [line for line in slo.all_objectives() if line.facts.from_above]
     return sorted({line.rate_rps for line in lines if line.rate_rps is not None})
 
 
@@ -53,7 +53,7 @@ def slo_at(slo: SloSpec, rate_rps: float, duration_s: float) -> SloSpec:
     lines = [
         re.sub(r"\s*@\s*[\d.]+\s*rps\s*$", "", text)
         for text in slo.objectives
-        if (line := Objective.parse(text)).kind in ("ms", "error_rate") and _applies(line, rate_rps)
+        if (line := Objective.parse(text)).facts.from_above and _applies(line, rate_rps)
     ]
     limit = error_limit_at(slo, rate_rps)
     unbounded = {} if limit is not None else {"max_error_rate": 1.0}  # else the default limit would come back
