@@ -46,20 +46,11 @@ from model_inputs import ModelInputs, Run
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from onnxruntime_session import cores, open_session
 
-_VOCABULARY = ("history", "exclude", "k", "skus", "titles", "unknown")  # tensors that the model itself does not have
 _FAILURES = {
     "onnxruntime_inference_request_failure": (
         "Inference requests that failed in ONNX Runtime, and bulk requests that were refused; "
         "nv_inference_request_success includes them"
     )
-}
-_TEXT_COUNTERS = {
-    "onnxruntime_text_tokens": "Tokens that ran for texts, without padding",
-    "onnxruntime_text_padded_tokens": "Tokens that ran for texts, with padding",
-}
-_VOCABULARY_COUNTERS = {
-    "onnxruntime_vocabulary_names": "Names of items that callers sent",
-    "onnxruntime_vocabulary_unknown_names": "Names that the vocabulary does not have",
 }
 RETURNS = "libwakeup" in os.environ.get("LD_PRELOAD", "")
 """Whether `execute` may return answers, which costs less than a thread (docs/research/2026-11-small-models.md)."""
@@ -84,17 +75,18 @@ class TritonPythonModel:
         run_rows = int(parameters["run_rows"]) if "run_rows" in parameters else 0
         self.text: Any = None
         if "text" in parameters:
-            from text_requests import TextRequests  # needs the tokenizer's package
+            from text_requests import COUNTERS, TextRequests  # needs the tokenizer's package
 
-            self.text = TextRequests(version, parameters["text"], _types(config), _counts(_TEXT_COUNTERS, args))
+            self.text = TextRequests(version, parameters["text"], _types(config), _counts(COUNTERS, args))
         self.vocabulary: Any = None
         if "vocabulary" in parameters:
-            from vocabulary_requests import VocabularyRequests  # lies beside a model with `[vocabulary]` only
+            from vocabulary_requests import COUNTERS, VocabularyRequests  # lie beside a model with `[vocabulary]` only
 
-            count = _counts(_VOCABULARY_COUNTERS, args)
+            count = _counts(COUNTERS, args)
             self.vocabulary = VocabularyRequests(version, parameters["vocabulary"], run_rows, _types(config), count)
         self.model_inputs = ModelInputs(version, run_rows, self.text and self.text.added_to)
-        added = self.text.added if self.text else _VOCABULARY if self.vocabulary else ()
+        takes_strings = self.text or self.vocabulary
+        added = takes_strings.added if takes_strings else ()
         self.inputs = [tensor["name"] for tensor in config["input"] if tensor["name"] not in added]
         self.outputs = [tensor["name"] for tensor in config["output"] if tensor["name"] not in added]
         self.answers: queue.SimpleQueue = queue.SimpleQueue()

@@ -19,16 +19,18 @@ from model_inputs import NO_ROWS, Run
 from text_encoder import Text, TextEncoder
 
 INPUT = "text"
+COUNTERS = {
+    "onnxruntime_text_tokens": "Tokens that ran for texts, without padding",
+    "onnxruntime_text_padded_tokens": "Tokens that ran for texts, with padding",
+}
+"""Metrics and their descriptions, in the order in which `parts` counts."""
 
 
 class TextRequests:
     """Turns texts into batches of the model's inputs."""
 
-    def __init__(self, folder: str, settings: str, dtypes: dict[str, str], count: Callable[[int, int], None]) -> None:
-        """`folder` is the version's; `dtypes` are the numpy types of the model's inputs.
-
-        `count` gets how many tokens ran, without and with padding.
-        """
+    def __init__(self, folder: str, settings: str, dtypes: dict[str, str], count: Callable[..., None]) -> None:
+        """`folder` is the version's; `dtypes` are the numpy types of the model's inputs. `count` adds to COUNTERS."""
         given = json.loads(settings)
         self._count = count
         self._max_bytes, self._batch_tokens = given["max_bytes"], given["batch_tokens"]

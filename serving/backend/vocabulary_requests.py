@@ -22,6 +22,11 @@ from vocabulary import Vocabulary
 
 HISTORY, K = "history", "k"
 SKUS, TITLES = "skus", "titles"
+COUNTERS = {
+    "onnxruntime_vocabulary_names": "Names of items that callers sent",
+    "onnxruntime_vocabulary_unknown_names": "Names that the vocabulary does not have",
+}
+"""Metrics and their descriptions, in the order in which `parts` counts."""
 
 
 @dataclass(slots=True)  # not frozen: that is slower to create, and there is one for each request
@@ -43,12 +48,15 @@ class NamedRequest:
 class VocabularyRequests:
     """Turns names into the model's inputs, and the ids of an answer into names."""
 
+    added = (HISTORY, "exclude", K, SKUS, TITLES, "unknown")
+    """The tensors that the model itself does not have."""
+
     def __init__(
-        self, folder: str, settings: str, run_rows: int, dtypes: dict[str, str], count: Callable[[int, int], None]
+        self, folder: str, settings: str, run_rows: int, dtypes: dict[str, str], count: Callable[..., None]
     ) -> None:
         """`folder` is the version's; `dtypes` are the numpy types of the model's inputs.
 
-        `run_rows` as in `in_parts`. `count` gets how many names were sent, and how many of them were unknown.
+        `run_rows` as in `in_parts`. `count` adds to COUNTERS.
         """
         given = json.loads(settings)
         self._run_rows, self._count = run_rows, count
