@@ -294,7 +294,7 @@ def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
 def test_every_alert_has_its_section_of_the_runbook_and_every_section_its_alert() -> None:
     text = Path("docs/runbook.md").read_text()
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
-    assert sections.keys() == {rule["alert"] for rule in _alerts(MODEL)}
+    assert sections.keys() == {rule["alert"] for rule in _alerts(MODEL)}, "docs/runbook.md: a section for each alert"
     for name, section in sections.items():
         parts = re.findall(r"^\*\*(.+?):\*\*", section, re.MULTILINE)
         assert parts == ["What it means", "Look at", "Do now", "Later"], name

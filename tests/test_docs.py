@@ -10,6 +10,7 @@ import pytest
 from deepseek_client.cli import main as client
 
 from cli.commands import BY_NAME
+from deepseek.targets import PROVIDERS
 
 WRITTEN = sorted(
     page for page in Path("docs").rglob("*.md") if page.parent.name != "reference"
@@ -57,6 +58,32 @@ def test_every_command_in_a_page_exists_and_accepts_its_flags(page: Path) -> Non
     for name, words in re.findall(r"(?:`|^|\$\()deepseek ([a-z][a-z-]*)([^\n`|)]*)", page.read_text(), re.MULTILINE):
         allowed = {option.flag for option in BY_NAME[name].options} | {"--help"}
         assert set(re.findall(r"(?<=\s)(--[a-z][a-z0-9-]*)", words.split(" -- ")[0].partition("#")[0])) <= allowed, name
+
+
+@pytest.mark.parametrize(
+    ("source", "metric", "page"),
+    [
+        ("serving/backend/*.py", "onnxruntime_[a-z_]+", "docs/observe.md"),
+        ("docker/gateway/gateway.js", "gateway_[a-z_]+", "docs/observe.md"),
+        ("serving/openai/metrics.py", "openai_[a-z_]+", "docs/text.md"),
+    ],
+)
+def test_every_metric_is_in_a_page(source: str, metric: str, page: str) -> None:
+    text = "".join(path.read_text() for path in Path().glob(source))
+    declared = set(re.findall(rf"(?<=[\"'`]){metric}(?=[\"'`{{ ])", text))
+    assert declared
+    assert declared <= set(re.findall(rf"`({metric})", Path(page).read_text())), f"{page} lacks a metric of {source}"
+
+
+def test_the_page_of_releases_has_a_line_for_each_step() -> None:
+    steps = re.findall(r"steps\.do\(\"([a-z-]+)\"", Path("serving/release/release.py").read_text())
+    table = Path("docs/release.md").read_text().partition("\n## The gates\n")[2].partition("\n\n#")[0]
+    assert steps == re.findall(r"^\| ([a-z-]+) \|", table, re.MULTILINE)[1:], "docs/release.md: The gates"
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_page_of_targets_has_each_execution_provider(provider: str) -> None:
+    assert f"| `onnxruntime`, `{provider}` |" in Path("docs/targets.md").read_text(), "docs/targets.md"
 
 
 def test_the_client_accepts_the_examples_of_its_help() -> None:

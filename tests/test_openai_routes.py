@@ -20,14 +20,17 @@ from aiohttp import ClientError, ClientSession
 from deepseek_client import BULK, InferenceError
 from deepseek_client.metadata import TensorMetadata
 
+from serving.observe.dashboard import dashboard
 from serving.openai import __main__ as openai_process
 from serving.openai import routes
 from serving.openai.errors import ApiError, from_client
 from serving.openai.inference import vectors_of
 from serving.openai.metrics import Metrics
+from serving.openai.openapi import Route
 from serving.openai.recommenders import Recommenders
 from serving.openai.routes import Routes
 from serving.openai.text_models import TextModel
+from tests.test_stack import TEXT
 
 
 class StandIn:
@@ -285,3 +288,13 @@ def test_each_error_of_a_call_has_its_status(error: InferenceError, status: int)
     found = from_client(error, "sentence")
     assert found.status == status
     assert found.retry_after_s == {429: 2, 503: 1}.get(status, 0)
+
+
+@pytest.mark.parametrize("route", [each for each in Routes(None, None, Metrics())._routes if each.body], ids=str)  # type: ignore[arg-type]
+def test_the_gateway_and_the_dashboard_know_each_route(route: Route) -> None:
+    gateway = Path("docker/gateway/nginx.conf").read_text()
+    patterns = re.findall(r"\^/\(v1/\S*?\)(?=\)? \{)", gateway)  # the location, and the errors of nginx itself
+    assert len(patterns) == 2
+    assert all(re.match(pattern, route.path) for pattern in patterns), f"docker/gateway/nginx.conf: {patterns}"
+    assert gateway.count(str(route)) == 2, "docker/gateway/nginx.conf: the map $api, and the message `no such route`"
+    assert route.path in json.dumps(dashboard([replace(TEXT, text_bytes=1)])), "serving/observe/dashboard.py: _openai"
