@@ -7,8 +7,10 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from itertools import takewhile
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -18,8 +20,14 @@ from cli.main import main, values_of, words_of
 from cli.options import Misuse, Option, Variables, folder_name, on_make_line, path, switch
 from cli.parsing import parse
 from cli.table import GROUPS, HIDDEN, Command
+from deepseek.sizing import presets
+from deepseek.sizing.model.counting import Head
+from deepseek.sizing.training_step import Mixed, Optimizer, TrainingPrecision
 from deepseek.spec import GateFailed
 from deepseek.spec.command import exit_code
+from loadtests.results.settings import ROUTES, LoadSettings
+from loadtests.scale.cluster import Metric
+from serving.kubernetes.autoscaling import Autoscaler
 
 OPTIONS = (
     Option("--rate", "requests/s", kind=float),
@@ -189,6 +197,25 @@ def test_every_command_is_listed_once_in_a_known_group() -> None:
         assert len({option.name for option in command.options}) == len(command.options)
         assert command.name in listing(everything=True)
         assert command.name in listing() or command.group in HIDDEN  # in one line, also those with a hyphen
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "known"),
+    [
+        ("plan", "--preset", presets()),
+        ("plan", "--head", get_args(Head)),
+        ("plan", "--train-precision", get_args(TrainingPrecision)),
+        ("plan", "--mixed", get_args(Mixed)),
+        ("plan", "--optimizer", get_args(Optimizer)),
+        ("loadtest", "--arrivals", get_args(get_type_hints(LoadSettings)["arrivals"])),
+        ("tune", "--route", ROUTES),
+        ("simulate-scale", "--metric", get_args(Metric)),
+        ("kubernetes", "--autoscaler", get_args(Autoscaler)),
+    ],
+)
+def test_the_choices_of_an_option_are_those_of_the_code(name: str, flag: str, known: Collection[str]) -> None:
+    (choices,) = (option.choices for option in BY_NAME[name].options if option.flag == flag)
+    assert {*choices} == {*known}, f"cli/commands: the choices of {flag}"
 
 
 def test_every_command_has_a_function_to_call() -> None:

@@ -23,6 +23,7 @@ from deepseek.settings import Count, settings
 from deepseek.sizing.model.counting import Countable, TransformerSize
 from deepseek.sizing.training_step import (
     AnyModel,
+    Optimizer,
     Platform,
     SavedActivations,
     TrainingSetup,
@@ -32,7 +33,7 @@ from deepseek.sizing.training_step import (
 from deepseek.spec import InputError
 
 BYTES: dict[str, int] = {name: bits // 8 for name, bits in BITS.items()}
-OPTIMIZER_BYTES: dict[str, int] = {"adamw": 8, "momentum": 4, "sgd": 0}  # fp32 state per parameter
+OPTIMIZER_BYTES: dict[Optimizer, int] = {"adamw": 8, "momentum": 4, "sgd": 0}  # fp32 state per parameter
 FILL = 0.8
 """Share of a device's memory that a plan uses; the rest is for fragmentation and unpredicted memory."""
 CONTEXT_BYTES: dict[str, int] = {"accelerator": 600 * 2**20, "cpu": 50 * 2**20}
