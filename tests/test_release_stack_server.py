@@ -94,14 +94,14 @@ def test_an_image_that_cannot_be_built_is_no_fault_of_the_candidate(
     monkeypatch.setenv("BUILT", "1")
     new = candidate(host)
     new.on_stack = True
-    with pytest.raises(InputError, match=r"Triton cannot be built \(no route to the registry\)"), ExitStack() as stack:
-        new.start(stack)
+    with pytest.raises(InputError, match=r"Triton cannot be built \(no route to the registry\)"), new.started:
+        new.start()
 
 
 def test_a_missing_wheel_is_no_fault_of_the_candidate(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.embedded.wheel.WHEEL", "no-such-wheel")
-    with pytest.raises(InputError, match="no-such-wheel is not installed"), ExitStack() as stack:
-        candidate(host).start(stack)
+    with pytest.raises(InputError, match="no-such-wheel is not installed"):
+        candidate(host).start()
 
 
 @pytest.mark.parametrize(

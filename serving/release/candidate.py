@@ -1,7 +1,7 @@
 """The candidate: a new version staged where no server sees it, and the gates that it passes before the switch.
 
-Contract: writes only to the release's folder. Each gate returns a line for the user, or raises what stops the release:
-GateFailed, InvalidMeasurement or InputError.
+Contract: writes only to the release's folder. Each gate is a method that `Release.run` lists. It returns a line for the
+user, or raises what stops the release: GateFailed, InvalidMeasurement or InputError.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Candidate:
         self.on_stack = False
         """Whether a version on trial needs the stack's Triton."""
         self._command = ""  # of the stack's Triton
+        self.started = ExitStack()
+        """Ends the servers that the gates start."""
         self._servers: dict[str, EmbeddedServer | ChildServer] = {}
         self._parity: dict[str, Any] = {}
 
@@ -145,7 +147,7 @@ class Candidate:
             raise GateFailed("; ".join(wrong))
         return f"{len(findings)} notes, no mismatch"
 
-    def start(self, stack: ExitStack) -> str:
+    def start(self) -> str:
         """Starts its own server, which is ready once the warm-up has run.
 
         Raises InputError if this machine lacks what the server needs, which is no fault of the candidate.
@@ -157,29 +159,29 @@ class Candidate:
             parts()
             scratch_place()
         try:
-            self._servers["new"] = self._serve(stack, "new")
+            self._servers["new"] = self._serve("new")
         except InputError as error:
             raise GateFailed(f"it does not start: {error}") from None
         return f"ready after {time.monotonic() - began_s:.1f} s"
 
-    def _serve(self, stack: ExitStack, side: str) -> EmbeddedServer | ChildServer:
+    def _serve(self, side: str) -> EmbeddedServer | ChildServer:
         repository, log_path = self.scratch / side, self.journal.folder / f"triton-{side}.log"
         timeout_s: float = self.options.start_timeout_s
         if self.on_stack:
-            return start_on_stack(stack, self._command, repository, log_path, timeout_s)
+            return start_on_stack(self.started, self._command, repository, log_path, timeout_s)
         server = EmbeddedServer(
             repository, http_port=0, grpc_port=0, metrics_port=0, log_path=log_path, timeout_s=timeout_s
         )
-        return stack.enter_context(server)
+        return self.started.enter_context(server)
 
-    def _base(self, stack: ExitStack) -> EmbeddedServer | ChildServer:
+    def _base(self) -> EmbeddedServer | ChildServer:
         assert self.before is not None
         if "base" not in self._servers:
             copy_version(self.model, self.before, number=self.before, folder=self.scratch / "base")
-            self._servers["base"] = self._serve(stack, "base")
+            self._servers["base"] = self._serve("base")
         return self._servers["base"]
 
-    def parity(self, stack: ExitStack) -> str:
+    def parity(self) -> str:
         """Compares its answers with fp32 PyTorch.
 
         If items have names, the served version answers the same rows: a retrained model may number its items otherwise.
@@ -188,7 +190,7 @@ class Candidate:
         flags = ("--url", server.grpc_url, "--http-url", server.http_url, "--json")
         rows = ("--rows", str(self.options.parity_rows)) if self.options.parity_rows else ()
         named = self.spec.vocabulary and self.before is not None
-        base = ("--base-url", self._base(stack).grpc_url) if named else ()
+        base = ("--base-url", self._base().grpc_url) if named else ()
         answer = self._ask("parity", *flags, *rows, *base)
         if answer.data is not None:
             self.journal.keep("parity.json", answer.data)
@@ -225,11 +227,11 @@ class Candidate:
             raise GateFailed(said)
         return said
 
-    def shadow(self, stack: ExitStack) -> str:
+    def shadow(self) -> str:
         """Sends the same requests to it and to a server with the served version."""
         if self.before is None:
             return Skipped("no served version to compare with")
-        urls = ("--base-url", self._base(stack).grpc_url, "--new-url", self._servers["new"].grpc_url)
+        urls = ("--base-url", self._base().grpc_url, "--new-url", self._servers["new"].grpc_url)
         how = ("--requests", str(self.options.requests), "--threshold", str(self.options.threshold))
         found = self._ask("shadow-load", *urls, *how)
         if found.data is None:

@@ -49,15 +49,15 @@ class Release:
         steps = StepRunner(self.journal, as_json=self.options.json)
         new = self.candidate
         try:
-            with ExitStack() as servers:
+            with new.started:
                 steps.do("stage", new.stage)
                 steps.do("doctor", new.doctor)
                 if new.spec.vocabulary:
                     steps.do("catalogue", new.catalogue)
-                steps.do("warm-up", lambda: new.start(servers))
-                steps.do("parity", lambda: new.parity(servers))
+                steps.do("warm-up", new.start)
+                steps.do("parity", new.parity)
                 steps.do("accuracy", new.accuracy)
-                steps.do("shadow", lambda: new.shadow(servers))
+                steps.do("shadow", new.shadow)
                 steps.do("objectives", new.objectives)
             steps.do("switch", self.switch)
             steps.do("stack", lambda: refresh_stack(self.model.parent))
