@@ -13,9 +13,13 @@ from onnx.helper import make_node
 from torch import nn
 
 from deepseek.sizing import TrainingSetup, TransformerSize, presets, training_memory
+from deepseek.sizing.devices import load_devices
+from deepseek.sizing.memory import host_needs
 from deepseek.sizing.model.counting import flops
 from deepseek.sizing.model.onnx_graph import OnnxModel
 from deepseek.sizing.model.traced import TracedModel, mean_square
+from deepseek.sizing.parallel import training_layouts
+from deepseek.sizing.plan import Request, make_plan, training_variants
 from deepseek.sizing.training_step import saved_bytes
 from deepseek.spec import InputError
 from deepseek.transformer import Transformer
@@ -89,6 +93,77 @@ def test_the_peak_of_a_traced_step_equals_that_of_a_real_one(precision: Any, ste
     planned = training_memory(traced, setup)
     real = peak_of(lambda: mean_square(module.train()(torch.zeros(16, 3, 16, 16))), module.parameters(), setup)
     assert planned.peak_bytes - planned.context_bytes == pytest.approx(real, rel=0.03)
+
+
+class Experts(nn.Module):
+    """Each row goes through one of four products, as in a mixture of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 16, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ends = torch.full((4,), len(x), dtype=torch.int32)
+        return nn.functional.grouped_mm(x.to(self.weight.dtype), self.weight, offs=ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_experts_are_counted_in_any_type(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    traced = TracedModel(Experts().to(dtype), lambda batch, length: (torch.empty(batch, 16),))
+    assert flops(traced.ops(8, 1)) == 2 * 8 * 16 * 32  # a row reads one expert
+    assert sum(op.weights for op in traced.ops(2, 1)) == 2 * 16 * 32
+    assert training_memory(traced, TrainingSetup(batch=8, length=1)).activation_bytes > 0
+    assert not caplog.records
+
+
+def test_training_is_planned_with_fp32_weights_also_of_a_module_with_16_bits() -> None:
+    def planned(dtype: torch.dtype, precision: Any) -> float:
+        module = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)).to(dtype)
+        traced = TracedModel(module, lambda batch, length: (torch.empty(batch, 8, dtype=dtype),))
+        return training_memory(traced, TrainingSetup(batch=16, length=1, precision=precision)).peak_bytes
+
+    for precision in ("fp32", "bf16"):
+        assert planned(torch.bfloat16, precision) == planned(torch.float32, precision)
+
+
+def test_frozen_parameters_get_no_gradient_and_no_moments() -> None:
+    module = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
+    module[0].requires_grad_(False)
+    traced = TracedModel(module, lambda batch, length: (torch.zeros(batch, 64),))
+    setup = TrainingSetup(batch=4, length=1, platform="cpu")
+    planned, trained = training_memory(traced, setup), 256 * 8 + 8
+    assert (planned.gradient_bytes, planned.optimizer_bytes) == (4 * trained, 8 * trained)
+    real = peak_of(lambda: mean_square(module.train()(torch.zeros(4, 64))), module.parameters(), setup)
+    assert planned.peak_bytes - planned.context_bytes == pytest.approx(real, rel=0.03)
+    assert host_needs(traced, planned).checkpoint_bytes == 4 * traced.parameters + 8 * trained
+    ways = {layout.way: layout for layout in training_layouts(traced, setup, load_devices()["t4"])}
+    assert ways["data"].sent_bytes == 4 * trained  # on two devices
+    with pytest.raises(InputError, match="no parameter requires a gradient"):
+        training_memory(TracedModel(module.requires_grad_(False), traced.inputs), setup)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_traced_module_checkpoints_what_it_does_itself(checkpointing: bool) -> None:
+    traced = TracedModel(nn.Linear(8, 8), lambda batch, length: (torch.empty(batch, 8),))
+    found = training_variants(traced, TrainingSetup(batch=4, length=1, checkpointing=checkpointing))
+    end = ", checkpointing" if checkpointing else ""
+    assert list(found) == [f"fp32{end}", f"bf16{end}"]
+
+
+def test_a_plan_traces_each_size_once_for_all_devices_and_no_batch_far_beyond_the_memory() -> None:
+    traced_sizes: list[int] = []
+
+    def inputs(batch: int, length: int) -> tuple[torch.Tensor]:
+        traced_sizes.append(batch)
+        return (torch.empty(batch, 1024),)
+
+    t4 = load_devices()["t4"].model_copy(update={"memory_gib": 1.0})  # of which the process takes 0.6 GiB
+    model, request = TracedModel(nn.Linear(1024, 1024), inputs), Request(training=TrainingSetup(batch=1, length=1))
+    one = make_plan(model, request, {"a": t4})
+    fits, traces = one.devices["a"].largest_training_batch, len(traced_sizes)
+    assert max(traced_sizes) <= 2 * fits
+    make_plan(model, request, {"a": t4, "b": t4, "c": t4})
+    assert len(traced_sizes) == traces
 
 
 def test_a_forward_that_depends_on_values_is_a_one_line_error() -> None:

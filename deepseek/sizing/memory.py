@@ -79,10 +79,10 @@ class TrainingMemory:
 
 
 def training_memory(model: AnyModel, setup: TrainingSetup) -> TrainingMemory:
-    count, full = model.parameters, setup.full_bytes
+    trained, full = model.trained_parameters, setup.full_bytes
     master = 4 if full == 2 else 0
-    weights, gradients = float(full * count), float(full * count)
-    optimizer = float(count * (OPTIMIZER_BYTES[setup.optimizer] + master))
+    weights, gradients = float(full * model.parameters), float(full * trained)
+    optimizer = float(trained * (OPTIMIZER_BYTES[setup.optimizer] + master))
     moments = {"optimizer's step": gradients + _step_bytes(model, setup)}
     if isinstance(model, TransformerSize):
         saved, copies = saved_bytes(model, setup), _copy_bytes(model, setup)
@@ -115,7 +115,7 @@ def _step_bytes(model: Countable, setup: TrainingSetup) -> float:
     one after the other on a CPU; other optimizers work in place."""
     if setup.optimizer != "adamw":
         return 0.0
-    return 4.0 * model.parameters if setup.platform == "accelerator" else 4.0 * model.stepped_elements
+    return 4.0 * model.trained_parameters if setup.platform == "accelerator" else 4.0 * model.stepped_elements
 
 
 def _copy_bytes(model: Countable, setup: TrainingSetup) -> float:
@@ -190,7 +190,10 @@ def activation_width(precision: str, platform: Platform = "accelerator") -> int:
 
 def largest_batch(bytes_of: Callable[[int], float], limit_bytes: float, *, most: int = 2**20) -> int:
     """The largest batch whose memory is within a limit; 0 if not even 1 fits. `bytes_of` must not decrease."""
-    return bisect_right(range(1, most + 1), limit_bytes, key=bytes_of)
+    tried = 1
+    while tried < most and bytes_of(tried) <= limit_bytes:  # doubling first: a trace of a huge batch takes long
+        tried *= 2
+    return bisect_right(range(1, min(tried, most) + 1), limit_bytes, key=bytes_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +211,8 @@ class HostNeeds:
 def host_needs(model: Countable, training: TrainingMemory, *, disk_bytes_s: float = 500e6) -> HostNeeds:
     """RAM and disk of a training machine; the guide requires 500 MB/s of sequential bandwidth."""
     state, weights = training.state_bytes, 4.0 * model.parameters
-    checkpoint = training.gradient_bytes + training.optimizer_bytes  # weights are as wide as their gradients
+    frozen = 4.0 * (model.parameters - model.trained_parameters)
+    checkpoint = training.gradient_bytes + frozen + training.optimizer_bytes  # weights are as wide as their gradients
     return HostNeeds(
         ram_bytes=(2 * state, 3 * state),
         ram_computed_bytes=weights + checkpoint,

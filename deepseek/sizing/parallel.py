@@ -79,10 +79,11 @@ class _Way:
 def training_layouts(model: AnyModel, setup: TrainingSetup, device: Device) -> list[Layout]:
     """The ways to train, each with the fewest devices."""
     whole = training_memory(model, setup)
-    gradients, steps = setup.full_bytes * model.parameters, setup.accumulation_steps
+    weights, gradients = setup.full_bytes * model.parameters, setup.full_bytes * model.trained_parameters
+    steps = setup.accumulation_steps
     rest = whole.activation_bytes + whole.workspace_bytes + whole.context_bytes
     largest = 2 * _largest_part(model) * setup.full_bytes  # one part in use, the next being gathered
-    copies = whole.weight_bytes - gradients  # autocast's, of gathered weights: backward keeps them
+    copies = whole.weight_bytes - weights  # autocast's, of gathered weights: backward keeps them
     ways = [
         _Way(way="single", counts=[1], memory=lambda count: whole.total_bytes, sent=lambda count: 0.0),
         _Way(
@@ -98,7 +99,7 @@ def training_layouts(model: AnyModel, setup: TrainingSetup, device: Device) -> l
             own_samples=True,
             counts=_counts(MOST_DEVICES),
             memory=lambda count: (whole.state_bytes - copies) / count + copies + largest + rest,
-            sent=lambda count: 3 * (count - 1) / count * gradients * steps,
+            sent=lambda count: (count - 1) / count * (2 * weights + gradients) * steps,
             never="activations are not divided: checkpoint, or use a smaller batch",
         ),
     ]

@@ -151,15 +151,17 @@ def plan_measured(request: Request) -> MeasuredPlan | None:
 
 
 def training_variants(model: AnyModel, setup: TrainingSetup) -> dict[str, TrainingMemory]:
-    """The requested set-up, then with 16 bits, with checkpointing, and with both."""
+    """The requested set-up, then with 16 bits, with checkpointing, and with both. A module that is given checkpoints
+    what it checkpoints, and a graph nothing."""
     low = "bf16" if setup.precision == "fp32" else setup.precision
     wanted = {described(setup): setup}
     for precision in ("fp32", low):
         for checkpointing in (False, True):
             other = replace(setup, precision=precision, checkpointing=checkpointing)
             wanted.setdefault(described(other), other)
-    if isinstance(model, OnnxModel):  # a graph does not define blocks to checkpoint
-        wanted = {name: each for name, each in wanted.items() if not each.checkpointing}
+    if not isinstance(model, TransformerSize):
+        only = setup.checkpointing and not isinstance(model, OnnxModel)
+        wanted = {name: each for name, each in wanted.items() if each.checkpointing == only}
     return {name: training_memory(model, each) for name, each in wanted.items()}
 
 

@@ -46,6 +46,11 @@ class Countable(Protocol):
     @property
     def parameters(self) -> int: ...
     @property
+    def trained_parameters(self) -> int:
+        """Parameters that get a gradient: all, unless a module has frozen ones."""
+        ...
+
+    @property
     def product_parameters(self) -> int:
         """Parameters of matrix products and convolutions, which 8-bit precisions shrink."""
         ...
@@ -113,6 +118,10 @@ class TransformerSize:
         config = self.config
         embeddings = (config.vocab_size + config.max_length) * config.hidden_size
         return embeddings + config.num_layers * self.block_parameters + 2 * config.hidden_size + self.head_parameters
+
+    @property
+    def trained_parameters(self) -> int:
+        return self.parameters
 
     @property
     def product_parameters(self) -> int:

@@ -109,6 +109,10 @@ class OnnxModel:
         """Elements of all weights."""
         return sum(math.prod(shape) for shape in self._weights.values())
 
+    @property
+    def trained_parameters(self) -> int:
+        return self.parameters
+
     @cached_property
     def product_parameters(self) -> int:
         products = (node for node in self.proto.graph.node if node.op_type in PRODUCTS)

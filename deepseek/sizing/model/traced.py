@@ -7,7 +7,8 @@ a forward pass that depends on values.
 The memory kept for backward is what autograd saves in a forward pass in training mode, each storage once, without
 parameters. It is that of CPU kernels, which keep dropout masks in full width, and includes autocast's 16-bit copies of
 weights. The peak is that of a complete forward and backward pass with `loss`, by default the mean square of the
-outputs. Kernels of recurrent layers use a workspace that tracing cannot see: for an LSTM, the plan is a third too low.
+outputs. Training is traced with fp32 weights, also if the module has 16-bit ones. Kernels of recurrent layers use a
+workspace that tracing cannot see: for an LSTM, the plan is a third too low.
 
 Examples:
     with torch.device("meta"):
@@ -19,8 +20,10 @@ Examples:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +44,8 @@ from deepseek.spec import InputError
 Inputs = Callable[[int, int], tuple[Any, ...]]
 Loss = Callable[[Any], Tensor]
 NORMALISATIONS = ("layer_norm", "batch_norm", "group_norm", "softmax", "pool", "embedding", "index")
+GROUPED = ("_grouped_mm", "_scaled_grouped_mm")
+"""Products of experts, without a formula in torch: rows (S, K), each for one of the weights (experts, K, N)."""
 
 
 class _Recorder(TorchDispatchMode):
@@ -57,20 +62,21 @@ class _Recorder(TorchDispatchMode):
         moved = sum(t.numel() for t in tensors) - sum(t.numel() for t in own) + sum(t.numel() for t in results)
         self.live = max(self.live, moved)
         packet = func._overloadpacket
-        fused = packet.__name__.startswith("_scaled_dot_product")
-        if fused or packet in flop_registry:
-            if fused and packet not in flop_registry:
-                flops = _attention_flops(*args[:3])
-            else:
+        fused, grouped = packet.__name__.startswith("_scaled_dot_product"), packet.__name__ in GROUPED
+        if fused or grouped or packet in flop_registry:
+            if packet in flop_registry:
                 flops = float(flop_registry[packet](*args, **(kwargs or {}), out_val=out))
+            else:
+                flops = 2.0 * out.numel() * args[0].shape[-1] if grouped else _attention_flops(*args[:3])
             attention = fused or (packet.__name__ in ("bmm", "baddbmm") and not own)
+            read = min(1.0, results[0].numel() / results[0].shape[-1] / args[1].shape[0]) if grouped else 1.0
             self.ops.append(
                 Op(
                     kind="attention" if attention else "product",
                     flops=flops,
                     outputs=float(results[0].numel()),
                     moved=float(moved),
-                    weights=float(sum(t.numel() for t in own)),
+                    weights=read * sum(t.numel() for t in own),
                 )
             )
         elif results and _storages(tensors).isdisjoint(_storages(results)):
@@ -78,6 +84,16 @@ class _Recorder(TorchDispatchMode):
                 self.ops.append(Op(kind="memory"))
             self.ops.append(Op(kind="elementwise", outputs=float(results[0].numel())))
         return out
+
+
+class _AnyType(TorchDispatchMode):
+    """Lets products of experts run in any type: torch traces them in bf16 only."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket.__name__ != "_grouped_mm" or args[0].dtype == torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        low = (each.bfloat16() for each in args[:2])
+        return func(*low, *args[2:], **(kwargs or {})).to(args[0].dtype)
 
 
 def _storages(tensors: Iterable[Tensor]) -> set[int]:
@@ -105,11 +121,16 @@ class TracedModel:
         self.name = name or type(module).__name__
         self.default_length = default_length
         self._traced = lru_cache(maxsize=64)(self._trace)
+        self._saved = lru_cache(maxsize=256)(self._trace_training)  # a plan asks again for each device
 
     @property
     def parameters(self) -> int:
         """Number of parameters; shared ones count once."""
         return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
 
     @property
     def product_parameters(self) -> int:
@@ -122,7 +143,7 @@ class TracedModel:
 
     @property
     def stepped_elements(self) -> int:
-        return stepped(parameter.numel() for parameter in self.module.parameters())
+        return stepped(parameter.numel() for parameter in self.module.parameters() if parameter.requires_grad)
 
     def ops(self, batch: int, length: int) -> list[Op]:
         return self._traced(batch, length)[0]
@@ -141,8 +162,17 @@ class TracedModel:
     def saved(self, setup: TrainingSetup) -> SavedActivations:
         """Activations that autograd keeps; the workspace is the input and output gradients of the largest operation.
 
-        To plan with checkpointing, enable it in the module first. Raises InputError for 16-bit weights.
+        To plan with checkpointing, enable it in the module first. If you change the module, make a new TracedModel.
+        Raises InputError for 16-bit weights, or if no parameter requires a gradient.
         """
+        return self._saved(replace(setup, platform="accelerator"))  # the trace is the same on each
+
+    def _trace_training(self, setup: TrainingSetup) -> SavedActivations:
+        if not self.trained_parameters:
+            raise InputError(
+                f"{self.name}: no parameter requires a gradient, so no training can be planned; "
+                "call requires_grad_(True) on the module first"
+            )
         low = setup.precision != "fp32"
         if low and not setup.autocast:
             raise InputError(f"{self.name}: a traced module is measured in fp32 or with autocast; mixed: seen 'master'")
@@ -195,14 +225,14 @@ class TracedModel:
             # These run an encoder layer, or an LSTM, as one operation without a FLOP formula.
             torch.backends.mha.set_fastpath_enabled(False)
             torch._C._set_mkldnn_enabled(False)
-            with fake:
+            with fake, _AnyType():
                 tensors = [
                     *self.module.named_parameters(remove_duplicate=False),
                     *self.module.named_buffers(remove_duplicate=False),
                 ]
                 for _, each in tensors:
                     if id(each) not in made:
-                        twin = torch.empty(each.shape, dtype=each.dtype, device="cpu")
+                        twin = _on_cpu(each, wide=training)
                         made[id(each)] = twin.requires_grad_(each.requires_grad and training)
                 yield {name: made[id(each)] for name, each in tensors}, fake
         finally:
@@ -211,12 +241,15 @@ class TracedModel:
             torch._C._set_mkldnn_enabled(onednn)
 
     def _run(self, state: dict[str, Tensor], fake: FakeTensorMode, batch: int, length: int) -> Any:
-        arguments = tree_map_only(Tensor, _on_cpu, self.inputs(batch, length))
+        wide = self.module.training
+        arguments = tree_map_only(Tensor, lambda each: _on_cpu(each, wide=wide), self.inputs(batch, length))
         with self._one_line(batch, length):
             return functional_call(self.module, state, arguments)
 
     @contextmanager
     def _one_line(self, batch: int, length: int) -> Iterator[None]:
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of an error, too
+        was_disabled, log.disabled = log.disabled, True
         try:
             yield
         except InputError:
@@ -227,6 +260,8 @@ class TracedModel:
                 f"{self.name}: forward cannot be traced at batch {batch}, length {length}: "
                 f"{type(error).__name__}: {reason}"
             ) from None
+        finally:
+            log.disabled = was_disabled
 
 
 def mean_square(out: Any) -> Tensor:
@@ -240,5 +275,7 @@ def _precision(setup: TrainingSetup) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.float16 if setup.precision == "fp16" else torch.bfloat16)
 
 
-def _on_cpu(value: Tensor) -> Tensor:
-    return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+def _on_cpu(value: Tensor, *, wide: bool) -> Tensor:
+    """A tensor of this shape; `wide`: in fp32 instead of 16 bits."""
+    dtype = torch.float32 if wide and value.dtype in (torch.float16, torch.bfloat16) else value.dtype
+    return torch.empty(value.shape, dtype=dtype, device="cpu")
