@@ -266,6 +266,16 @@ class Counting(nn.Module):
         return self.down(self.up(x).relu()).argmax(-1)
 
 
+def test_inputs_that_are_no_tuple_of_arguments_are_refused() -> None:
+    model, rows = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(1, 8)
+    with pytest.raises(
+        InputError, match=r"example_inputs: seen Tensor; give the arguments of forward as a tuple: \(x,\)"
+    ):
+        prune_model(model, rows)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"data\[1\]: seen dict"):
+        prune_model(model, (rows,), data=[(rows,), {"x": rows}])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

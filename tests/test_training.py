@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -282,8 +281,6 @@ def test_a_wrong_argument_is_a_one_line_error() -> None:
         train_model(network().requires_grad_(False), points(), points(), cross_entropy, settings())
     with pytest.raises(InputError, match="checkpoints: /dev/null/run: Not a directory"):
         train_model(network(), points(), points(), cross_entropy, settings(), checkpoints="/dev/null/run")
-    with pytest.raises(InputError, match="mixed_precision: seen 'bf16'; this process has trained in another precision"):
-        train_model(network(), points(), points(), cross_entropy, settings(mixed_precision="bf16"))
 
 
 def doubled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -302,14 +299,20 @@ def test_a_model_trained_in_mixed_precision_computes_as_written_afterwards(facto
         return cross_entropy(model, batch) * factor
 
     model, fresh = Decorated(4, 2), Decorated(4, 2)
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test may have trained in another one
-    try:
-        with pytest.raises(TrainingDiverged) if math.isnan(factor) else contextlib.nullcontext():
-            train_model(model, points(), points(1), loss, settings(max_epochs=1, mixed_precision="bf16"))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(TrainingDiverged) if math.isnan(factor) else contextlib.nullcontext():
+        train_model(model, points(), points(1), loss, settings(max_epochs=1, mixed_precision="bf16"))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(model(points()[:][0]), fresh(points()[:][0]))
+
+
+def test_a_process_trains_in_one_precision_after_another() -> None:
+    def trained(mixed_precision: Any) -> float:
+        torch.manual_seed(0)
+        config = settings(max_epochs=1, mixed_precision=mixed_precision)
+        return train_model(network(), points(), points(1), cross_entropy, config).best_loss
+
+    first, low, again = trained("no"), trained("bf16"), trained("no")
+    assert first == again != low
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,9 @@ def prune_model(
 
     Raises InputError if forward cannot be traced or nothing can be pruned; the module is then unchanged.
     """
+    for name, inputs in (("example_inputs", example_inputs), *((f"data[{at}]", each) for at, each in enumerate(data))):
+        if not isinstance(inputs, list | tuple):
+            raise InputError(f"{name}: seen {type(inputs).__name__}; give the arguments of forward as a tuple: (x,)")
     state = state_of(module.modules())
     module.eval()
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -31,6 +32,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if launched and distributed.is_available():
         # If imported later, its functions' defaults keep the process group alive, and its threads never end.
         importlib.import_module("torch.distributed.nn")
+    # accelerate keeps the precision of a process's first run; a notebook may train in several.
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
+        AcceleratorState._reset_state()
     try:
         return Accelerator(
             mixed_precision=precision,
@@ -39,9 +43,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             cpu=launched and not torch.accelerator.is_available(),
         )
     except ValueError as error:  # fp16 without a GPU
-        earlier = "already been initialized" in str(error)
-        why = "this process has trained in another precision: start a new process" if earlier else error
-        raise InputError(f"TrainingConfig: mixed_precision: seen {config.mixed_precision!r}; {why}") from None
+        raise InputError(f"TrainingConfig: mixed_precision: seen {config.mixed_precision!r}; {error}") from None
 
 
 @contextlib.contextmanager
