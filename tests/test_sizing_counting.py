@@ -142,6 +142,18 @@ def test_frozen_parameters_get_no_gradient_and_no_moments() -> None:
         training_memory(TracedModel(module.requires_grad_(False), traced.inputs), setup)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_module_that_checkpoints_is_planned_like_its_sizes(precision: Any) -> None:
+    size = TransformerSize(config=config(num_layers=4, attention_dropout=0.0))
+    module = Transformer(size.config)
+    module.gradient_checkpointing = True
+    traced = TracedModel(module, lambda batch, length: (torch.ones(batch, length, dtype=torch.int64),))
+    setup = TrainingSetup(batch=8, length=32, platform="cpu", precision=precision, checkpointing=True)
+    one, other = training_memory(traced, setup), training_memory(size, setup)
+    assert one.activation_bytes == other.activation_bytes
+    assert one.peak_bytes == pytest.approx(other.peak_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_traced_module_checkpoints_what_it_does_itself(checkpointing: bool) -> None:
     traced = TracedModel(nn.Linear(8, 8), lambda batch, length: (torch.empty(batch, 8),))

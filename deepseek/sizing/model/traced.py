@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -153,10 +153,10 @@ class TracedModel:
         return self._traced(batch, length)[1]
 
     def _trace(self, batch: int, length: int) -> tuple[list[Op], float]:
-        with self._fake(training=False) as (state, fake):
+        with self._fake(training=False) as state:
             recorder = _Recorder(_storages(state.values()))
             with torch.no_grad(), recorder:
-                self._run(state, fake, batch, length)
+                self._run(batch, length)
         return recorder.ops, recorder.live
 
     def saved(self, setup: TrainingSetup) -> SavedActivations:
@@ -184,8 +184,15 @@ class TracedModel:
         )
 
     def _kept_bytes(self, setup: TrainingSetup) -> float:
+        if setup.checkpointing:  # its inputs of blocks are not saved by autograd, but live
+            with self._fake(training=True) as state, LiveBytes() as live:
+                live.watch(state.values())
+                weights = live.now
+                with _precision(setup):
+                    out = self._run(setup.batch, setup.length)
+                return float(live.now - weights) - sum(each.nbytes for each in tensors_in(out))
         kept: dict[int, tuple[int, Tensor]] = {}
-        with self._fake(training=True) as (state, fake):
+        with self._fake(training=True) as state:
             weights = _storages(state.values())
 
             def keep(tensor: Tensor) -> Tensor:
@@ -195,17 +202,17 @@ class TracedModel:
                 return tensor
 
             with _precision(setup), saved_tensors_hooks(keep, lambda each: each):
-                self._run(state, fake, setup.batch, setup.length)
+                self._run(setup.batch, setup.length)
         return float(sum(size for size, _ in kept.values()))
 
     def _backward_bytes(self, setup: TrainingSetup) -> float:
         """Peak without weights, but with gradients; with accumulation, it includes a second micro-batch."""
-        with self._fake(training=True) as (state, fake), LiveBytes() as live:
+        with self._fake(training=True) as state, LiveBytes() as live:
             live.watch(state.values())
             weights = live.now
             for _ in range(min(2, setup.accumulation_steps)):
                 with _precision(setup):
-                    out = self._run(state, fake, setup.batch, setup.length)
+                    out = self._run(setup.batch, setup.length)
                     with self._one_line(setup.batch, setup.length):
                         value = self.loss(out)
                 del out
@@ -215,17 +222,18 @@ class TracedModel:
         return float(live.most - weights)
 
     @contextmanager
-    def _fake(self, training: bool) -> Iterator[tuple[dict[str, Tensor], FakeTensorMode]]:
-        """Fake parameters and buffers, which have only shapes, and their FakeTensorMode."""
+    def _fake(self, training: bool) -> Iterator[dict[str, Tensor]]:
+        """Gives the module fake parameters and buffers, which have only shapes: also in backward, where checkpointing
+        runs forward again."""
         was_training, fast = self.module.training, torch.backends.mha.get_fastpath_enabled()
         onednn = torch._C._get_mkldnn_enabled()
-        fake, made = FakeTensorMode(), dict[int, Tensor]()
+        made = dict[int, Tensor]()
         try:
             self.module.train(training)
             # These run an encoder layer, or an LSTM, as one operation without a FLOP formula.
             torch.backends.mha.set_fastpath_enabled(False)
             torch._C._set_mkldnn_enabled(False)
-            with fake, _AnyType():
+            with FakeTensorMode(), _AnyType():
                 tensors = [
                     *self.module.named_parameters(remove_duplicate=False),
                     *self.module.named_buffers(remove_duplicate=False),
@@ -234,17 +242,19 @@ class TracedModel:
                     if id(each) not in made:
                         twin = _on_cpu(each, wide=training)
                         made[id(each)] = twin.requires_grad_(each.requires_grad and training)
-                yield {name: made[id(each)] for name, each in tensors}, fake
+                state = {name: made[id(each)] for name, each in tensors}
+                with _reparametrize_module(self.module, state):
+                    yield state
         finally:
             self.module.train(was_training)
             torch.backends.mha.set_fastpath_enabled(fast)
             torch._C._set_mkldnn_enabled(onednn)
 
-    def _run(self, state: dict[str, Tensor], fake: FakeTensorMode, batch: int, length: int) -> Any:
+    def _run(self, batch: int, length: int) -> Any:
         wide = self.module.training
         arguments = tree_map_only(Tensor, lambda each: _on_cpu(each, wide=wide), self.inputs(batch, length))
         with self._one_line(batch, length):
-            return functional_call(self.module, state, arguments)
+            return self.module(*arguments) if isinstance(arguments, tuple) else self.module(arguments)
 
     @contextmanager
     def _one_line(self, batch: int, length: int) -> Iterator[None]:
