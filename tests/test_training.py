@@ -305,6 +305,18 @@ def test_a_model_trained_in_mixed_precision_computes_as_written_afterwards(facto
     assert torch.equal(model(points()[:][0]), fresh(points()[:][0]))
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [([torch.zeros(4), torch.zeros(5)], "stack expects each tensor to be equal size"), ([object(), object()], "found <class 'object'>")],
+    ids=["ragged", "objects"],
+)  # fmt: skip
+@pytest.mark.parametrize("batch_size", [2, "auto"])
+def test_rows_that_make_no_batch_are_a_one_line_error(rows: Any, reason: str, batch_size: Any) -> None:
+    with pytest.raises(InputError, match=f"dataset: these rows make no batch: .*{reason}.*; give every row") as raised:
+        train_model(network(), rows, points(), cross_entropy, settings(batch_size=batch_size))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_process_trains_in_one_precision_after_another() -> None:
     def trained(mixed_precision: Any) -> float:
         torch.manual_seed(0)

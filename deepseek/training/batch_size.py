@@ -25,6 +25,7 @@ from deepseek.config import TrainingConfig
 from deepseek.sizing.memory import FILL, OPTIMIZER_BYTES, largest_batch
 from deepseek.sizing.model.live_memory import LiveBytes, tensors_in
 from deepseek.spec import InputError
+from deepseek.training.loader import stacked
 from deepseek.training.memory import besides_bytes, limit_bytes
 from deepseek.training.ways import LossFunction
 
@@ -74,7 +75,8 @@ def fitting_batch(
     rows = max(1, len(data) // processes)  # type: ignore[arg-type]
 
     def needed(size: int) -> float:
-        batch = next(iter(DataLoader(data, batch_size=size, generator=torch.Generator().manual_seed(0))))
+        order = torch.Generator().manual_seed(0)
+        batch = next(iter(DataLoader(data, batch_size=size, generator=order, collate_fn=stacked)))
         peak = _peak_bytes(model, batch, loss, device, autocast, passes)
         return outside + max(peak, step)
 

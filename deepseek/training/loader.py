@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from deepseek.config import TrainingConfig
+from deepseek.spec import InputError
 
 
 class EpochSampler(Sampler[int]):
@@ -43,8 +44,21 @@ def loader_of(
         sampler=order,
         num_workers=config.num_workers,
         generator=generator,
+        collate_fn=stacked,
         drop_last=drop_last,
     )
+
+
+def stacked(rows: list[Any]) -> Any:
+    """A batch of rows, as torch makes it. Raises InputError for rows that do not fit together."""
+    try:
+        return default_collate(rows)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"dataset: these rows make no batch: {reason}; give every row tensors, arrays or numbers of the same "
+            "shapes, padded if they have lengths"
+        ) from None
 
 
 def leaves_a_row(model: nn.Module, rows: int, batch_rows: int) -> bool:

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
+from deepseek.training.loader import stacked
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 Weights = dict[str, Tensor]
@@ -110,7 +111,9 @@ class Data:
         mine = data if ranks == 1 else Subset(data, [*range(rank, self.rows, ranks)] or [0])
         generator = torch.Generator().manual_seed(self.config.seed)
         workers = self.config.num_workers
-        loader: DataLoader[Any] = DataLoader(mine, batch_size=self.batch_rows, num_workers=workers, generator=generator)
+        loader: DataLoader[Any] = DataLoader(
+            mine, batch_size=self.batch_rows, num_workers=workers, generator=generator, collate_fn=stacked
+        )
         self.validation = self.accelerator.prepare(loader) if ranks == 1 else loader
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
