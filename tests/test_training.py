@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from deepseek.checkpoints import Checkpoints, digest
 from deepseek.config import TrainingConfig
 from deepseek.spec import InputError
 from deepseek.training import TrainingDiverged, train_model
+from deepseek.training.switches import enable_gradient_checkpointing
 from deepseek.training.ways import rows_of
 from tests.warm import WARM
 
@@ -270,6 +273,14 @@ def test_gradient_checkpointing_needs_a_model_with_the_switch() -> None:
     assert model.gradient_checkpointing
     with pytest.raises(InputError, match="Sequential has no module with a gradient_checkpointing switch"):
         train_model(network(), points(), points(1), cross_entropy, config)
+
+
+def test_gradient_checkpointing_of_a_hugging_face_model_uses_the_method_that_its_next_version_keeps() -> None:
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_gradient_checkpointing(model)
+    assert model.is_gradient_checkpointing
 
 
 def test_a_wrong_argument_is_a_one_line_error() -> None:

@@ -90,8 +90,9 @@ def running_average(model: nn.Module, decay: float, device: torch.device) -> Ave
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Enables it by a module's `gradient_checkpointing` attribute, or by the method of Hugging Face models."""
     ours = [module for module in model.modules() if isinstance(getattr(module, "gradient_checkpointing", None), bool)]
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if callable(enable):
+    methods = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the second is gone in version 6
+    enable = next((found for name in methods if callable(found := getattr(model, name, None))), None)
+    if enable is not None:
         enable()
     elif ours:
         for module in ours:
