@@ -280,7 +280,7 @@ def test_gradient_checkpointing_of_a_hugging_face_model_uses_the_method_that_its
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         enable_gradient_checkpointing(model)
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
 
 
 def test_a_wrong_argument_is_a_one_line_error() -> None:
