@@ -21,6 +21,7 @@ from cli.main import values_of
 from deepseek.onnxruntime_session import choose_provider
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, PublishedManifest, TensorrtSpec
 from deepseek.spec.files.folders import alone_in
+from deepseek.spec.files.manifest import OWN_DATA
 from deepseek.spec.files.repository import KEPT_VERSIONS, versions_of
 from deepseek.spec.machine.gpus import parse_gpus
 from deepseek.spec.tables import OnnxRuntimeSpec, TargetSpec
@@ -89,6 +90,10 @@ def test_a_compiled_engine_is_published_alone_and_its_manifest_lists_its_cuda_gr
     assert sorted(path.name for path in version.iterdir()) == ["config.pbtxt", "manifest.json", "model.plan"]
     manifest = PublishedManifest.load(version / "manifest.json")
     assert (manifest.target, manifest.settings["cuda_graph_batches"]) == ("tensorrt", [1, 2, 4])
+    assert OWN_DATA not in manifest.settings
+    monkeypatch.setattr(publish, "last_options", lambda name: {"data": "clicks.csv", "prune": ""})
+    publish_version(spec, "fp16", "tensorrt", tmp_path / "repository")
+    assert PublishedManifest.load(version.with_name("2") / "manifest.json").settings[OWN_DATA]
 
 
 def test_an_fp32_engine_in_tf32_says_so(planned: Path, own_build: Path, tmp_path: Path) -> None:

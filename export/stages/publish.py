@@ -38,6 +38,7 @@ from deepseek.spec import (
 from deepseek.spec.deployment import catalogue_of
 from deepseek.spec.files.batching_plan import batching_of
 from deepseek.spec.files.folders import alone_in, let_all_read, onto_disk, scratch_in
+from deepseek.spec.files.manifest import OWN_DATA
 from deepseek.spec.files.measured_batches import read_measured
 from deepseek.spec.files.released import last_fate, last_number
 from deepseek.spec.files.repository import TF32, engine_model, versions_of
@@ -52,6 +53,7 @@ from export.artifact import (
     choice_of,
     digests,
     engine_path,
+    last_options,
     need,
     onnx_path,
     read_manifest,
@@ -269,7 +271,8 @@ def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folde
             )
     signature = {"inputs": spec.inputs, "outputs": spec.outputs}
     graphs = {"cuda_graph_batches": cuda_graph_batches(spec.for_target(target))} if target == "tensorrt" else {}
-    settings = {**built.settings, **graphs}
+    data = {OWN_DATA: True} if last_options(spec.name).get("data") else {}
+    settings = {**built.settings, **graphs, **data}
     return PublishedManifest(**{**dict(built), "target": target, "files": files, "settings": settings, **signature})
 
 

@@ -25,6 +25,7 @@ from deepseek.spec import (
     build_dir,
 )
 from deepseek.spec.deployment import read_catalogue
+from deepseek.spec.files.manifest import OWN_DATA
 from deepseek.spec.files.read_env_file import gpu_stack_tag
 from deepseek.spec.objectives import requests_to_prove
 from deepseek.spec.paired_drop import judge_drop, pair_values
@@ -124,12 +125,14 @@ class Candidate:
             f"version {self.before} knows {common:,} of the new version's {len(new):,} items; {len(old) - common:,} "
             f"of its own {len(old):,} are gone"
         )
-        if common < LEAST_COMMON * max(len(new), len(old)) and not self.options.new_catalogue:
-            raise GateFailed(
-                f"{said}; at least {LEAST_COMMON:.0%} must be in both: is the log wrong or incomplete? If it is right, "
-                "confirm the new catalogue once with NEW_CATALOGUE=1 (--new-catalogue)"
-            )
-        return said
+        if common >= LEAST_COMMON * max(len(new), len(old)) or self.options.new_catalogue:
+            return said
+        if not PublishedManifest.load(self.model / str(self.before) / MANIFEST).settings.get(OWN_DATA):
+            return f"{said}, as expected: that version was not trained on a log of yours (DATA=)"
+        raise GateFailed(
+            f"{said}; at least {LEAST_COMMON:.0%} must be in both: is the log wrong or incomplete? If it is right, "
+            "confirm the new catalogue once with NEW_CATALOGUE=1 (--new-catalogue)"
+        )
 
     def _ask(self, name: str, *flags: str) -> CommandResult:
         return run_json(name, *self.which, *flags, build=self.options.new_build)

@@ -14,6 +14,10 @@ from deepseek.spec.files.measured_batches import BatchingPlan
 from deepseek.spec.tables import TensorSpec
 from deepseek.targets import Target
 
+OWN_DATA = (
+    "own_data"  # in the settings of a published manifest: trained on what DATA= names, not on the model's example
+)
+
 
 class FileDigest(Table):
     """Hash and size of a file when it was written."""
