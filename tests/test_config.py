@@ -74,7 +74,7 @@ def test_a_config_is_frozen_and_takes_no_positional_arguments() -> None:
         (QuantConfig, {"keep_high": ("(",)}, r"keep_high: seen '\('; allowed: a regular expression"),
         (QuantConfig, {"op_types": ("LSTM",)}, "op_types: seen 'LSTM'; allowed: 'MatMul', 'Gemm' or 'Conv'"),
         (QuantConfig, {"op_types": ()}, r"op_types: seen \(\); allowed: at least one"),
-        (partial(QuantConfig.of_precision, "fp32"), {}, "seen 'fp32'; allowed: fp16, int8, fp8"),
+        (partial(QuantConfig.of_precision, "fp32"), {}, f"seen 'fp32'; allowed: {', '.join(REDUCED)}"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_a_one_line_error_that_names_it(make: Any, change: dict[str, Any], says: str) -> None:

@@ -28,7 +28,7 @@ NAMES = {
 def backend_files(spec: DeploymentSpec, target: Target) -> dict[str, Path]:
     """Sources by file name in a version's folder; empty if a backend of Triton's own runs the model alone."""
     front = spec.has_front(target)
-    ours = front or (target == "onnxruntime" and spec.onnxruntime.backend == "python")
+    ours = front or spec.runs_in_python(target)
     return {
         **(BACKEND_SOURCES if ours else {}),
         **({"engine_model.py": BACKEND / "engine_model.py"} if front else {}),
