@@ -148,12 +148,20 @@ async def test_bodies_of_unknown_size_count_as_they_are_once_they_arrived() -> N
         assert [status for status, _ in await asyncio.gather(*asked)] == [200] * 32
 
 
+async def test_an_encoding_counts_in_any_case() -> None:
+    triton = StandIn()
+    triton.released.set()
+    async with in_front_of(triton, SMALL) as address:
+        status, _ = await embed(address, ["a"], headers={"Content-Encoding": "Identity"})
+    assert status == 200
+
+
 async def test_a_header_makes_a_request_bulk() -> None:
     """It then waits behind others, in parts of the batch that Triton prefers."""
     triton = StandIn()
     triton.released.set()
     async with in_front_of(triton, replace(SMALL, preferred_batch=1)) as address:
-        for headers in ({}, {"X-Priority": "online"}, {"X-Priority": "bulk"}, {"X-Priority": "1"}):
+        for headers in ({}, {"X-Priority": "Online"}, {"X-Priority": "Bulk"}, {"X-Priority": "1"}):
             _, refused = await embed(address, ["a", "b"], headers=headers)
     assert triton.calls == [*[(["a", "b"], {})] * 2, (["a"], BULK), (["b"], BULK)]
     assert refused["error"]["message"] == 'X-Priority: seen "1"; allowed: online or bulk'

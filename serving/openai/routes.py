@@ -111,8 +111,9 @@ class Routes:
 
     async def _model(self, request: web.Request, name: str | None, texts: int, *, pairs: bool = False) -> TextModel:
         """The model for a request with this number of texts, noted for the metrics; a header makes it bulk."""
-        if (priority := request.headers.get(PRIORITY, PRIORITIES[0])) not in PRIORITIES:
-            raise ApiError(400, f"{PRIORITY}: seen {shown(priority)}; allowed: {' or '.join(PRIORITIES)}")
+        given = request.headers.get(PRIORITY, PRIORITIES[0])
+        if (priority := given.lower()) not in PRIORITIES:
+            raise ApiError(400, f"{PRIORITY}: seen {shown(given)}; allowed: {' or '.join(PRIORITIES)}")
         model = await self._models.chosen(name, pairs=pairs)
         model = model.for_bulk() if priority == "bulk" else model
         # No objective judges the latency of a bulk request, as of a list that is split.
@@ -138,7 +139,7 @@ class Routes:
     @asynccontextmanager
     async def _held_body(self, request: web.Request) -> AsyncIterator[bytes]:
         """The body. It counts while it is read and used; of unknown size, as the largest until it is read."""
-        if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
+        if (encoding := request.headers.get("Content-Encoding", "identity")).lower() != "identity":
             raise ApiError(415, f"Content-Encoding: seen {encoding[:60]!r}; send the body uncompressed")
         size = BODY_BYTES if request.content_length is None else request.content_length
         if size > BODY_BYTES:
