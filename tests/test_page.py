@@ -167,12 +167,20 @@ def test_picked_titles_give_what_comes_next_by_keyboard(page: Browser, url: str)
     page.js("document.querySelector('#title').select()")
     page.type("zebra")
     page.press("Enter")
-    page.wait(f"{RECOMMEND}.querySelector('.problem').innerText === 'No title contains \"zebra\".'")
+    page.wait(f"{RECOMMEND}.querySelector('.problem').innerText === 'No title or name contains \"zebra\".'")
 
 
 def test_short_titles_are_found_before_long_ones(url: str) -> None:
     status, _, answer = call(url, "GET", "/recommenders/shop/items?title=e")
-    assert (status, [item["title"] for item in answer["data"]]) == (200, ["Tea", "Desk", "Brötchen", 'Coffee, "black"'])
+    assert (status, [item["title"] for item in answer["data"]]) == (
+        200,
+        ["Tea", "Desk", "Brötchen", 'Coffee, "black"', "Shirt"],
+    )
+
+
+def test_an_item_is_found_by_its_name_too(url: str) -> None:
+    status, _, answer = call(url, "GET", "/recommenders/shop/items?title=sku-9")
+    assert (status, answer["data"]) == (200, [{"item": "SKU-9", "title": "Lamp"}])
 
 
 def test_a_question_about_a_model_without_names_is_one_line(url: str) -> None:

@@ -63,7 +63,7 @@ function refusal(r) {
         return '404';
     }
     const encodings = [r.headersIn['Content-Encoding'], r.headersIn['grpc-encoding']];
-    if (encodings.some(each => each && each !== 'identity')) {  // Triton unpacks without a limit
+    if (encodings.some(each => each && each.toLowerCase() !== 'identity')) {  // Triton unpacks without a limit
         return '415';
     }
     if (isLocal) {

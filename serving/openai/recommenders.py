@@ -49,12 +49,19 @@ class Recommenders:
         return web.json_response({"data": found})
 
     async def _find(self, request: web.Request) -> web.Response:
-        """The items whose title contains the words of `title`, those that begin with them first, then short ones."""
+        """The items whose title and name contain the words of `title`.
+
+        Those that begin with them come first, then those whose title has all of them, then short ones.
+        """
         words = request.query.get("title", "").casefold().split()
-        titles = [(item, item["title"].casefold()) for item in await self._items(request.match_info["model"])]
-        found = [(item, title) for item, title in titles if words and all(word in title for word in words)]
-        found.sort(key=lambda each: (not each[1].startswith(words[0]), len(each[1])))
-        return web.json_response({"data": [item for item, _ in found[:SHOWN]]})
+        found = []
+        for item in await self._items(request.match_info["model"]):
+            title, name = item["title"].casefold(), item["item"].casefold()
+            if words and all(word in title or word in name for word in words):
+                begins = title.startswith(words[0]) or name.startswith(words[0])
+                found.append((not begins, any(word not in title for word in words), len(title), item))
+        found.sort(key=lambda each: each[:-1])
+        return web.json_response({"data": [item for *_, item in found[:SHOWN]]})
 
     async def recommend(self, name: str, body: bytes) -> web.Response:
         """The items that come next, best first. Fewer than SHOWN if the model has no more."""

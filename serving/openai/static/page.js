@@ -140,7 +140,7 @@ async function recommend(model) {
   const typed = one("#title").value.trim();
   if (typed) {
     const [first] = await find(typed);
-    if (!first) throw new Error(`No title contains "${typed}".`);
+    if (!first) throw new Error(`No title or name contains "${typed}".`);
     picked.push(first);
     matches = [];
     one("#title").value = "";
