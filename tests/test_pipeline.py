@@ -121,6 +121,9 @@ def test_each_file_of_a_folder_of_data_counts(engine: Run, tiny: Path, capsys: p
     assert engine(data=str(logs)) == []
     (logs / "2.csv").write_text("b")
     assert engine(data=str(logs))[0] == "train"
+    assert "DATA is not set" not in capsys.readouterr().out
+    engine()
+    assert f"engine    DATA is not set; the last build had DATA={logs}\n" in capsys.readouterr().out
 
 
 Change = Callable[[Path, pytest.MonkeyPatch], object]
