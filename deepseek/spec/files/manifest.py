@@ -14,9 +14,8 @@ from deepseek.spec.files.measured_batches import BatchingPlan
 from deepseek.spec.tables import TensorSpec
 from deepseek.targets import Target
 
-OWN_DATA = (
-    "own_data"  # in the settings of a published manifest: trained on what DATA= names, not on the model's example
-)
+OWN_DATA = "own_data"
+"""A setting of a published manifest: the model was trained on what DATA= names, not on its example data."""
 
 
 class FileDigest(Table):
