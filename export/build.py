@@ -76,9 +76,8 @@ class Builder:
 
     def run(self, stages: Sequence[Stage], lock: int) -> None:
         """Runs the stages that have to run; their processes inherit `lock`."""
-        before = last_options(self.plan.model).get("data", "")
-        if before and not self.plan.data:
-            print(f"engine    DATA is not set; the last build had DATA={before}", flush=True)
+        if not self.plan.data and (last := last_options(self.plan.model).get("data")):
+            print(f"engine    DATA is not set; the last build had DATA={last}", flush=True)
         self._record[LAST] = {"options": {"data": self.plan.data, "prune": self.plan.prune}}
         self._save_record()
         for place, stage in enumerate(stages):
