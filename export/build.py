@@ -203,7 +203,7 @@ def build(options: argparse.Namespace, publish: bool = True) -> Plan:
                 builder.run([stage], lock)
             if plan.target in PUBLISHABLE and (other := stack_elsewhere(plan, options)):
                 print(
-                    f"engine    {options.env_file} stays as it is: its stack has {other}; make stack with this "
+                    f"engine    {options.env_file} is unchanged: its stack has {other}; make stack with this "
                     "REPOSITORY= and BUILD= points it here",
                     flush=True,
                 )
@@ -219,7 +219,7 @@ def published_stages(plan: Plan, options: argparse.Namespace) -> Iterator[Stage]
 
 
 def stack_elsewhere(plan: Plan, options: argparse.Namespace) -> str:
-    """What shows that the env file's stack serves another repository, which this build must not replace; "" if not."""
+    """The setting by which the env file's stack serves another repository, which this build must keep; else ""."""
     return other_stack(Path(options.env_file), Path(plan.repository), build_dir(""))
 
 

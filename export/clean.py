@@ -23,7 +23,7 @@ CHOICES = ("COMPOSE_PROJECT_NAME=", "GATEWAY_PORT=", "LOCAL_PORTS=")
 def remove_env_file(options: argparse.Namespace) -> None:
     """Removes what `make stack` computes; the user's choices, and the lines below "# Yours:", stay.
 
-    The env file of a stack that serves another repository stays as it is.
+    The env file of a stack that serves another repository is left unchanged.
     """
     path = Path(options.env_file)
     if not path.is_file() or other_stack(path, Path(options.repository), build_dir("")):

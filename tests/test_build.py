@@ -173,7 +173,7 @@ def test_a_build_or_clean_elsewhere_leaves_the_env_file_of_the_stack(
     (tiny / "env").write_text(before)
     (tiny / "of the stack").mkdir()
     assert "stack" not in engine()
-    assert f"/env stays as it is: its stack has {setting}={tiny}/of the stack; make stack" in capsys.readouterr().out
+    assert f"/env is unchanged: its stack has {setting}={tiny}/of the stack; make stack" in capsys.readouterr().out
     clean.main(options_of(tiny))
     assert (tiny / "env").read_text() == before
     (tiny / "of the stack").rmdir()  # the clone was moved

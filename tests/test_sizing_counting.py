@@ -169,7 +169,7 @@ def test_a_plan_traces_each_size_once_for_all_devices_and_no_batch_far_beyond_th
         traced_sizes.append(batch)
         return (torch.empty(batch, 1024),)
 
-    t4 = load_devices()["t4"].model_copy(update={"memory_gib": 1.0})  # of which the process takes 0.6 GiB
+    t4 = load_devices()["t4"].model_copy(update={"memory_gib": 1.0})  # the process takes 0.6 GiB
     model, request = TracedModel(nn.Linear(1024, 1024), inputs), Request(training=TrainingSetup(batch=1, length=1))
     one = make_plan(model, request, {"a": t4})
     fits, traces = one.devices["a"].largest_training_batch, len(traced_sizes)

@@ -71,7 +71,7 @@ def _exactly(names: list[str]) -> list[str]:
 
 
 def autocast_onnx(path: Path, config: QuantConfig, calibration: Calibration) -> onnx.ModelProto:
-    """Runs AutoCast: 16 bits wherever the values of real inputs allow it; inputs and outputs keep their types."""
+    """Runs AutoCast: 16 bits for nodes whose values fit in them at real inputs. Inputs and outputs keep their types."""
     from modelopt.onnx.autocast import convert_to_mixed_precision  # slow to import: only where it runs
 
     samples = path.parent / "samples"

@@ -28,8 +28,10 @@ def gpu_stack_tag(path: Path) -> str:
 
 
 def other_stack(env_file: Path, repository: Path, build: Path) -> str:
-    """The setting and folder that show that the env file's stack belongs to another repository or build folder; "" if
-    it belongs to these, if that folder is gone, or if there is no stack."""
+    """The setting and folder by which the env file's stack belongs to another repository or build folder.
+
+    "" if the stack belongs to these, if its folder is gone, or without a stack.
+    """
     for name, ours in (("STACK_REPOSITORY", repository), ("STACK_BUILD", build)):
         theirs = setting_before(env_file, name)
         if theirs and Path(theirs) != ours.resolve() and Path(theirs).is_dir():
