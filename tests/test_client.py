@@ -84,6 +84,15 @@ def test_large_and_non_contiguous_tensors_arrive_intact(connect: Connect, protoc
 
 @kinds
 @protocols
+def test_a_request_prepared_for_the_other_protocol_is_refused(connect: Connect, protocol: str) -> None:
+    other = "http" if protocol == "grpc" else "grpc"
+    request = connect(other).prepare("add_one", {"x": X})
+    with pytest.raises(InvalidInput, match=f"protocol='{other}'.*'{protocol}': prepare it with this client"):
+        connect(protocol).send(request)
+
+
+@kinds
+@protocols
 def test_many_callers_share_a_client_and_its_prepared_requests(connect: Connect, protocol: str, relay: Relay) -> None:
     client = connect(protocol, relay.url)
     requests = [client.prepare("add_one", {"x": X + k}) for k in range(8)]

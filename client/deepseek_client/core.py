@@ -176,6 +176,7 @@ class ClientCore:
             outputs=tuple(outputs or ()),
             parts=(),
             tensors=tensors,
+            protocol=self._options.protocol,
             binary=metadata.binary,
             result_sizes=result_sizes(metadata, tensors, outputs) if shared else {},
             **own,
@@ -211,6 +212,11 @@ class ClientCore:
         self, request: PreparedRequest, *, timeout_s: float | None = None, headers: Headers | None = None
     ) -> dict[str, np.ndarray]:
         """Like `infer`, for a request made by this client's `prepare`."""
+        if request.parts and request.protocol != self._options.protocol:
+            raise InvalidInput(
+                f"a request prepared by a client with protocol={request.protocol!r}; this client sends "
+                f"protocol={self._options.protocol!r}: prepare it with this client"
+            )
         deadline = self._deadline(timeout_s)
         return await self._counted(request.model, self._send(request, headers, deadline))
 

@@ -81,6 +81,8 @@ class PreparedRequest:
     """The encoded request without its time-out; empty if the tensors may go through shared memory."""
     tensors: tuple[Tensor, ...]
     """Empty if `parts` contain them."""
+    protocol: str = ""
+    """For which `parts` are encoded: "grpc" or "http"."""
     binary: bool = True
     """Whether `parts` have the tensors as bytes; else they are JSON."""
     parameters: Parameters = field(default_factory=dict, hash=False)
