@@ -215,3 +215,24 @@ def test_what_the_model_cannot_take_is_a_400(
     status, answer = compare(serving, **fields)
     assert (status, answer["error"]["param"]) == (400, param)
     assert message in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("source", "sentences", "param", "place"),
+    [
+        ("a " * 90, ["b"], "inputs.source_sentence", "inputs.source_sentence: 92 tokens"),
+        ("a", ["b", "b " * 90], "inputs.sentences", "inputs.sentences[1]: 92 tokens"),
+    ],
+)
+def test_a_long_sentence_is_truncated_unless_the_caller_refuses_that(
+    serving: Serving, source: str, sentences: list[str], param: str, place: str
+) -> None:
+    inputs = {"source_sentence": source, "sentences": sentences}
+    expected = compare(serving, inputs=inputs)
+    assert expected[0] == 200
+    assert compare(serving, inputs=inputs, parameters={"truncate": True, "truncation_direction": "Right"}) == expected
+    status, answer = compare(serving, inputs=inputs, parameters={"truncate": False})
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert answer["error"]["message"].startswith(f"{place}; allowed: up to ")
+    short = {"source_sentence": "a", "sentences": ["b"]}
+    assert compare(serving, inputs=short, parameters={"truncate": False})[0] == 200

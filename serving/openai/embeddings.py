@@ -46,7 +46,12 @@ async def similarities(
     prompt = model.prompt(parameters.prompt_name, param="parameters.prompt_name")
     source = prepared([given.source_sentence], prompt, model, param="inputs.source_sentence")
     sentences = prepared(given.sentences, prompt, model, param="inputs.sentences")
-    vectors, _ = await vectors_of(triton, metrics, model, source + sentences)
+    vectors, tokens = await vectors_of(triton, metrics, model, source + sentences)
+    if parameters.truncate is False and (long := np.flatnonzero(tokens > model.max_tokens)).size:
+        param = "inputs.sentences" if long[0] else "inputs.source_sentence"
+        place = f"{param}[{long[0] - 1}]" if long[0] else param
+        seen = f"{place}: {tokens[long[0]]} tokens{' with the prompt' if prompt else ''}"
+        raise ApiError(400, f"{seen}; allowed: up to {model.max_tokens}, or truncate = true", param=param)
     units = _units(vectors)
     return (units[1:] @ units[0]).tolist()
 

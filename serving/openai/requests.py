@@ -19,6 +19,7 @@ from serving.openai.request_body import (
 )
 
 Flag = Annotated[bool | None, Allowed("true or false")]
+Direction = Annotated[Literal["right", "Right"] | None, Allowed("right")]
 
 
 class EmbeddingRequest(RequestBody):
@@ -55,6 +56,13 @@ class SimilarityParameters(Fields):
 
     prompt_name: PromptName = None
     """A prompt that begins each text, as in `/v1/embeddings`."""
+    truncate: Flag = None
+    """False: a text that is too long is refused. Else it is truncated."""
+    truncation_direction: Direction = None
+    """Changes nothing: long texts are cut on the side that the model's `tokenizer.json` names, the right by default."""
+
+
+_PARAMETERS = f"an object with {', '.join(SimilarityParameters.model_fields)}"
 
 
 class SimilarityRequest(RequestBody):
@@ -63,7 +71,7 @@ class SimilarityRequest(RequestBody):
     inputs: Annotated[SimilarityInputs, Allowed("an object with source_sentence and sentences")]
     model: OptionalModelName = None
     """A model of `GET /v1/models`; needed if there are several."""
-    parameters: Annotated[SimilarityParameters | None, Allowed("an object with prompt_name")] = None
+    parameters: Annotated[SimilarityParameters | None, Allowed(_PARAMETERS)] = None
 
 
 class RerankRequest(RequestBody):
@@ -81,5 +89,5 @@ class RerankRequest(RequestBody):
     """True: each row of the answer also has the text."""
     truncate: Flag = None
     """False: a pair that is too long is refused. Else it is truncated."""
-    truncation_direction: Annotated[Literal["right", "Right"] | None, Allowed("right")] = None
+    truncation_direction: Direction = None
     """Changes nothing: long pairs are cut on the side that the model's `tokenizer.json` names, the right by default."""
