@@ -54,6 +54,8 @@ class TritonUser(User):
 @events.init_command_line_parser.add_listener
 def _add_arguments(parser: LocustArgumentParser) -> None:
     parser.add_argument("--settings", required=True, help="JSON file with a list of LoadSettings")
+    if "LOCUST_PARENT" in os.environ:
+        parser._default_config_files = []  # the user's locust.conf and the like are for their own tests
 
 
 def read_settings(path: Path) -> list[LoadSettings]:
@@ -119,6 +121,7 @@ def _be_master(environment: Environment, master: Master) -> None:
     assert environment.runner is not None
     environment.events.test_start.add_listener(lambda **_: master.start())
     environment.events.test_stopping.add_listener(lambda **_: master.stop())
+    environment.events.quitting.add_listener(lambda **_: master.quit())
 
     def second(msg: Message, **_: Any) -> None:
         master.take_second(msg.data["second"], msg.data["rows"], msg.data["now"])

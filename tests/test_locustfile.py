@@ -222,6 +222,27 @@ def test_workers_that_a_busy_machine_holds_up_send_their_share_late(tiny: tuple[
     assert (len(held_up), run.window.planned, run.window.unsent, run.window.ok > 0) == (2, 120, 0, True), errors
 
 
+def test_the_users_own_settings_of_locust_do_not_change_the_load(
+    tiny: tuple[EmbeddedServer, Path], run_here: RunHere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "locust.conf").write_text("users = 7\nown-option = 1\n")
+    monkeypatch.chdir(tmp_path)
+    wanted = settings(tiny, rate_rps=40.0, warmup_s=0.0, duration_s=1.0)
+    done = run_here(*words(wanted, "--json"), LOCUST_USER_CLASSES="Mine", LOCUST_CSV=str(tmp_path / "csv"))
+    assert json.loads(done.stdout)["answered"] == 40, done.stderr
+    assert list(tmp_path.glob("csv*")) == []
+
+
+def test_locust_alone_that_is_stopped_before_the_end_of_the_load_fails(
+    tiny: tuple[EmbeddedServer, Path], tmp_path: Path
+) -> None:
+    wanted = settings(tiny, rate_rps=40.0, duration_s=600.0)
+    (tmp_path / "settings.json").write_text(json.dumps([asdict(wanted)]))
+    more = ("--headless", "--run-time", "1s", "--settings", str(tmp_path / "settings.json"))
+    run = run_module("locust", "--locustfile", "loadtests/locustfile.py", *more)
+    assert (run.returncode, "error: stopped before the end of the load" in run.stderr) == (3, True), run.stderr
+
+
 def test_locusts_page_shows_the_run_and_stays_open_until_ctrl_c(tiny: tuple[EmbeddedServer, Path]) -> None:
     port = free_ports(1)[0]
     with command(

@@ -166,7 +166,7 @@ def _locust(
         command += ["--master-bind-port", port, "--master-port", port, "--expect-workers-max-wait", "30"]
     process = subprocess.Popen(
         command,
-        env=our_environment(LOCUST_PARENT=str(os.getpid())),
+        env=_locusts_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -195,9 +195,13 @@ def work_for(master: str, loads: Sequence[ModelLoad]) -> int:
         _write_settings([_fitted(load) for load in loads], path)
         command = [*LOCUST, "--settings", str(path), "--worker"]
         command += ["--master-host", master, "--master-port", str(MASTER_PORT)]
-        return subprocess.run(
-            command, env=our_environment(LOCUST_PARENT=str(os.getpid())), stdin=subprocess.DEVNULL
-        ).returncode
+        return subprocess.run(command, env=_locusts_environment(), stdin=subprocess.DEVNULL).returncode
+
+
+def _locusts_environment() -> dict[str, str]:
+    """Without the user's own variables of Locust, such as LOCUST_MODE_MASTER, which would change or stop the load."""
+    others = {name: value for name, value in our_environment().items() if not name.startswith("LOCUST_")}
+    return {**others, "LOCUST_PARENT": str(os.getpid())}
 
 
 def _await_master(host: str) -> None:

@@ -156,6 +156,12 @@ class Master:
         if not self._finished and self._environment.web_ui is not None:
             print(json.dumps({"stopped": True}), flush=True)
 
+    def quit(self) -> None:
+        """Locust ends, perhaps before the load: by Ctrl-C, `--run-time` or a shape."""
+        if self._started and not self._finished:
+            print("error: stopped before the end of the load; nothing was saved", file=sys.stderr)
+            self._environment.process_exit_code = ExitCode.INVALID
+
     def _end(self) -> None:
         self._environment.process_exit_code = 0  # failed requests are a result, not a failure of Locust
         runner = self._environment.runner
