@@ -76,7 +76,7 @@ def text_of(html: str) -> str:
 
 
 def test_the_verdict_comes_first_and_the_servers_time_is_split(tmp_path: Path) -> None:
-    server = {"version": "3", "statistics": STATISTICS}
+    server = {"version": "3", "statistics": {**STATISTICS, "text_tokens": 8000, "text_padded_tokens": 9000}}
     run = saved_run(tmp_path, steady(0.012, 7000, seconds=70), duration_s=70.0, server=server)
     text = text_of(page([run], SLO).partition("<body>")[2])
     assert text.startswith("✓ The SLO holds tiny over grpc, 100 requests/s")
@@ -86,6 +86,7 @@ def test_the_verdict_comes_first_and_the_servers_time_is_split(tmp_path: Path) -
     assert "client, network and the rest 3.0" in text
     assert "mean batch 2.50" in text
     assert "1 (25%), 4 (75%)" in text
+    assert "padding of texts 1.12 (tokens with padding over tokens; 1: none)" in text
 
 
 def test_the_bar_of_an_objective_is_empty_if_it_was_not_measured(tmp_path: Path) -> None:

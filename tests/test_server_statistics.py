@@ -1,9 +1,10 @@
-"""The split of a mean request's time between Triton, and client and network."""
+"""The split of a mean request's time between Triton, and client and network; the padding of texts."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from deepseek_client import InferenceClient
 
+from loadtests.load import text_padding
 from loadtests.load.server_statistics import difference, fetch
 from loadtests.slo.time_split import TimeSplit
 from serving.embedded.launcher import EmbeddedServer
@@ -80,3 +82,26 @@ def test_the_verdict_says_where_the_time_goes(tmp_path: Path, run_here: RunHere)
     assert "A mean request took 60.0 ms: 6.50 ms in the model" in told
     found = json.loads(run_here(*arguments, "--json").stdout)["where_time_goes_ms"]
     assert found["outside"] == pytest.approx(51.0, rel=2e-3)
+
+
+# ---- padding of texts ------------------------------------------------------------------------------
+
+
+def test_the_tokens_of_all_versions_of_a_model_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "# TYPE onnxruntime_text_tokens counter",
+        'onnxruntime_text_tokens{model="m",version="1"} 100',
+        'onnxruntime_text_tokens{model="m",version="2"} 2e+02',
+        'onnxruntime_text_padded_tokens{model="m",version="2"} 330',
+        'onnxruntime_text_tokens{model="another",version="1"} 7',
+    ]
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: BytesIO("\n".join(lines).encode()))
+    assert text_padding.fetch("127.0.0.1:8002", "m") == {"text_tokens": 300, "text_padded_tokens": 330}
+
+
+def test_tokens_that_are_unknown_before_or_after_are_left_out() -> None:
+    tokens = [Counter({"text_tokens": n, "text_padded_tokens": 2 * n}) for n in (100, 300)]
+    assert text_padding.difference(*tokens) == {"text_tokens": 200, "text_padded_tokens": 400}
+    for before, after in ((Counter[str](), tokens[1]), (tokens[0], Counter[str]()), tokens[::-1], (tokens[0],) * 2):
+        assert text_padding.difference(before, after) == {}
+    assert text_padding.fetch("127.0.0.1:9", "m") == text_padding.fetch(None, "m") == {}

@@ -80,10 +80,13 @@ def test_the_texts_take_turns_and_their_tokens_are_counted(
 ) -> None:
     before = scrape(serving)
     host = urllib.parse.urlsplit(serving.places["OpenAI"]).netloc
-    done = load_test(*what, "--url", serving.places["gRPC"], *(("--route", host + route) if route else ()))
+    metrics = ("--metrics-port", str(urllib.parse.urlsplit(serving.places["metrics"]).port))
+    done = load_test(*what, "--url", serving.places["gRPC"], *metrics, *(("--route", host + route) if route else ()))
     assert done.returncode in (0, 3), done.stderr  # 3: the machine was too busy to send in time
     found = json.loads(done.stdout)
     check_tokens(found, *tokens)
+    ran = found["server"]["statistics"]
+    assert ran["text_padded_tokens"] >= ran["text_tokens"] == pytest.approx(found["tokens_per_s"], rel=0.1)
     answered = f'openai_requests_total{{route="{route}",status="200"}}'
     sent = scrape(serving).get(answered, 0) - before.get(answered, 0)
     assert sent == (41 if route else 0)  # and the check before the load

@@ -4,6 +4,7 @@ from cli.commands.searches import INPUTS, MAX_S, NAMES, ROUTE, TARGET, TIMEOUT_S
 from cli.commands.shared_options import (
     ARRIVALS,
     JSON,
+    METRICS_PORT,
     MODEL,
     PRIORITY,
     PROTOCOL,
@@ -39,6 +40,7 @@ ROWS = (
         options=(
             *MODEL,
             *SERVER,
+            METRICS_PORT,
             TLS,
             TARGET,
             Option("--rate", "requests/s, open loop (default: each rate that the SLO names)", kind=POSITIVE),

@@ -30,6 +30,7 @@ MODEL = (
 PROTOCOL = Option("--protocol", "protocol of the requests", choices=("grpc", "http"), default="grpc")
 HTTP_PORT = Option("--http-port", "HTTP port of the server", kind=int, default=8000, exported=True)
 GRPC_PORT = Option("--grpc-port", "gRPC port of the server", kind=int, default=8001, exported=True)
+METRICS_PORT = Option("--metrics-port", "port of the server's metrics", kind=int, default=8002, exported=True)
 OPENAI_PORT = Option(
     "--openai-port",
     "port of /v1/embeddings, /similarity and /rerank, and of the page to try models that take texts or names",

@@ -39,7 +39,7 @@ from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import Distribution, read_percentile, shown_percentile
 from loadtests.slo import slo_demands as limits
 from loadtests.slo.generator_health import generator_problems
-from loadtests.slo.time_split import mean_batch, means_ms
+from loadtests.slo.time_split import mean_batch, means_ms, padding_share
 
 ALONE = ("mix", "remote_workers", "worker_of", "web", "replay")  # options that do not go with --until-decided
 TIMES = ("rate", "shape", "users", "arrivals", "duration_s")  # options that do not go with --replay
@@ -109,7 +109,8 @@ def show(run: Run, console: Console) -> None:
     if means := means_ms(statistics):
         shown = ", ".join(f"{name.replace('_', ' ')} {mean:.2f} ms" for name, mean in means.items())
         batch, failed = mean_batch(statistics), statistics["fail"]["count"]
-        console.print(f"in the server: {shown}; mean batch {batch:.2f}; {failed} failed, as Triton counts")
+        padding = f"; padding of texts {share:.2f}" if (share := padding_share(statistics)) else ""
+        console.print(f"in the server: {shown}; mean batch {batch:.2f}{padding}; {failed} failed, as Triton counts")
     console.print(f"run: {run.folder}", soft_wrap=True)
 
 
@@ -176,6 +177,8 @@ def _settings(
         duration_s = sum(segment.duration_s for segment in segments_of(shape))
     own: dict[str, Any] = {"rate_rps": rate, "shape": shape, "users": args.users, "seed": args.seed}
     own["duration_s"] = duration_s
+    if not args.tls and not args.ca_cert:  # a gateway does not pass the metrics on
+        own["metrics"] = f"{args.url.rpartition(':')[0]}:{args.metrics_port}"
     return LoadSettings(model=model, inputs=args.inputs or inputs_of(model), **own, **settings_fields(args, *slos))
 
 

@@ -14,7 +14,7 @@ from loadtests.report.page import facts, machine_facts, numbers, sentence, utc
 from loadtests.results.run import Run
 from loadtests.results.settings import IN_FLIGHT
 from loadtests.results.stretch import shown_percentile
-from loadtests.slo.time_split import TimeSplit, mean_batch
+from loadtests.slo.time_split import TimeSplit, mean_batch, padding_share
 
 PARTS = {
     "queue": "waiting in Triton's queue",
@@ -54,9 +54,12 @@ def _batches(run: Run) -> list[tuple[str, object]]:
     executions = max(1, statistics["execution_count"])
     batches = sorted((int(size), times / executions) for size, times in statistics["batches"].items())
     common = ", ".join([f"{size} ({share:.0%})" for size, share in batches if share >= 0.005][:8])
+    share = padding_share(statistics)
+    padding = [("padding of texts", f"{share:.2f} (tokens with padding over tokens; 1: none)")] if share else []
     return [
         ("mean batch", f"{mean_batch(statistics):.2f}"),
         ("batch sizes", common or "-"),
+        *padding,
         ("executions", f"{statistics['execution_count']:,} for {statistics['success']['count']:,} requests"),
         ("failures counted by Triton", f"{statistics['fail']['count']:,}"),
     ]

@@ -55,6 +55,8 @@ class LoadSettings:
     """Sends the names of the inputs' items instead of their ids, to a model with `[vocabulary]`."""
     route: str | None = None
     """host:port/path of the OpenAI route that gets the requests; None: KServe v2 at `url`."""
+    metrics: str | None = None
+    """host:port of the server's metrics, which has the padding of texts; None: not read."""
     rate_rps: Positive | None = None
     shape: str | None = None
     """Changing rates, in the syntax of `schedule.segments_of`."""

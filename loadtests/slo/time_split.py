@@ -26,6 +26,12 @@ def mean_batch(statistics: dict[str, Any]) -> float:
     return statistics["inference_count"] / max(1, statistics["execution_count"])
 
 
+def padding_share(statistics: dict[str, Any]) -> float | None:
+    """Tokens that ran for texts with padding, over those without; None if unknown."""
+    tokens = statistics.get("text_tokens")
+    return statistics["text_padded_tokens"] / tokens if tokens else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimeSplit:
     """Where a mean request spent its time, in milliseconds."""

@@ -27,7 +27,7 @@ from locust.runners import MasterRunner
 
 from deepseek.spec import ExitCode
 from deepseek.spec.files.folders import write_whole
-from loadtests.load import server_statistics
+from loadtests.load import server_statistics, text_padding
 from loadtests.load.replay import open_plan
 from loadtests.load.workers.recorder import Recorder, rows_file
 from loadtests.load.workers.sender import planned_times_s
@@ -37,7 +37,16 @@ from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
 START_DELAY_S = 0.5
 DISTRIBUTED_START_DELAY_S = 2.0
 ALONE = "local"  # Locust's name for the only process
-OF_THE_MACHINE = ("models", "inputs", "url", "route", "ca_cert", "priority", "target")  # the target only judges
+OF_THE_MACHINE = (
+    "models",
+    "inputs",
+    "url",
+    "route",
+    "metrics",
+    "ca_cert",
+    "priority",
+    "target",
+)  # the target only judges
 Rows = list[list[dict[str, Any]]]  # one list for each part
 
 
@@ -131,19 +140,24 @@ class Master:
     def _statistics(self) -> list[server_statistics.Statistics | None]:
         return [server_statistics.fetch(part.url, part.protocol, part.model) for part in self._parts]
 
+    def _text_tokens(self) -> list[Counter[str]]:
+        return [text_padding.fetch(part.metrics, part.model) for part in self._parts]
+
     def _gather(self, starts_at: float) -> None:
         settings = self._settings
         gevent.sleep(max(0.0, starts_at - time.perf_counter()))
-        before = self._statistics()
+        before, tokens_before = self._statistics(), self._text_tokens()
         gevent.sleep(max(0.0, starts_at + settings.duration_s - time.perf_counter()))
         give_up_at = time.perf_counter() + settings.timeout_s + 5
         while len(self._generators) < self._workers and time.perf_counter() < give_up_at:
             gevent.sleep(0.02)
         # The answers of a lost worker are lost too: its requests stay planned and count as never sent.
-        found = zip(self._lengths, map(server_statistics.difference, before, self._statistics()), strict=True)
+        statistics = map(server_statistics.difference, before, self._statistics())
+        tokens = map(text_padding.difference, tokens_before, self._text_tokens())
+        found = zip(self._lengths, statistics, tokens, strict=True)
         measured = {
             "generator": together(self._generators, self._workers),
-            "parts": [{"lengths": lengths, "server": server} for lengths, server in found],
+            "parts": [{"lengths": lengths, "server": server and {**server, **more}} for lengths, server, more in found],
         }
         with _on_disk():
             write_whole(self._folder / "measured.json", json.dumps(measured))
