@@ -76,7 +76,7 @@ def test_what_triton_cannot_read_counts_as_the_callers_mistake(gateway: Gateway)
     series = 'gateway_requests_total{protocol="http",api="infer",model="",status="400"}'
     before = gateway.metrics().get(series, 0)
     answer = gateway.http("POST", INFER, body=json_body().replace(b"[1, ", b"[1.0, "))
-    assert (answer[0], b"Unable to parse 'shape'" in answer[1]) == (500, True)
+    assert (answer[0], b"Unable to parse 'shape'" in answer[1]) == (400, True)
     wait_for(lambda: gateway.metrics().get(series, 0) == before + 1)
 
 

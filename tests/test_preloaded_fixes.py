@@ -1,4 +1,4 @@
-"""The preloaded library: it shortens only the batcher's waits, and a real server loads it and answers cancelled calls."""
+"""The preloaded library: it cuts only the batcher's waits. A real server loads it and refuses wrong JSON with a 400."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -193,6 +195,22 @@ def test_a_cancelled_call_is_answered_so_that_only_one_thread_releases_it(server
         file.seek(callback), memory.seek(base + callback)
         original, running = file.read(256), memory.read(256)
     assert original.replace(check + b"\x0f\x84", check + b"\x90\xe9") == running != original
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (r'{"inputs": [{"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": ["\ud800"]}]}', "surrogate pair"),
+        ('{"inputs": [{"name": "x", "shape": [1, "1"], "datatype": "FP32", "data": [1]}]}', "Unable to parse 'shape'"),
+        ('{"inputs": 1}', "non-array"),
+        ("{", "failed to parse the request JSON"),
+    ],
+)
+def test_wrong_json_is_the_callers_mistake(server: EmbeddedServer, body: str, reason: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(f"http://{server.http_url}/v2/models/slow/infer", data=body.encode())
+    assert raised.value.code == 400
+    assert reason in raised.value.read().decode()
 
 
 @pytest.mark.parametrize("preloads", [True, False])

@@ -1,4 +1,4 @@
-/* Keeps clients from meeting five faults of Triton 2.51; preloaded into tritonserver (preloaded_fixes.py, docs/triton.md).
+/* Keeps clients from meeting six faults of Triton 2.51; preloaded into tritonserver (preloaded_fixes.py, docs/triton.md).
  *
  * It wakes Triton's dynamic batcher in time. If the queue has a bound or a time-out, the batcher takes a request only
  * while an instance is free, and waits on a condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An
@@ -27,6 +27,9 @@
  * It also keeps answers over HTTP from being lost. An answer is handed to the HTTP thread of its connection through a
  * socket pair (evthr_defer in libevhtp), which holds 278 of them. Triton ignores that it is full, and the caller waits until its
  * own time-out. Now the sender waits until the thread has taken some.
+ *
+ * It also makes a request over HTTP with wrong JSON, such as a number in place of a text, a 400. triton_json.h calls it an
+ * internal error, a 500, which callers retry and which counts as the server's failure.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -41,7 +44,8 @@
 #include <sys/socket.h>
 #include <time.h>
 
-enum { FRAME_BYTES = 4096, STRINGS = 13 /* TRITONSERVER_TYPE_BYTES */, INVALID = 3 /* TRITONSERVER_ERROR_INVALID_ARG */ };
+enum { FRAME_BYTES = 4096, STRINGS = 13 /* TRITONSERVER_TYPE_BYTES */ };
+enum { INTERNAL = 1, INVALID = 3 }; /* TRITONSERVER_ERROR_INTERNAL, TRITONSERVER_ERROR_INVALID_ARG */
 static const int64_t MS = 1000000, SECOND = 1000000000;
 
 typedef int (*clockwait)(pthread_cond_t *, pthread_mutex_t *, clockid_t, const struct timespec *);
@@ -94,6 +98,16 @@ static int is_programs(const void *caller)
     Dl_info callers, program;
     return dladdr(caller, &callers) && dladdr((void *)(uintptr_t)getauxval(AT_ENTRY), &program) &&
            callers.dli_fbase == program.dli_fbase;
+}
+
+/* The two messages of triton_json.h about the JSON that the program reads: it is no JSON, or has a value of another type. */
+void *TRITONSERVER_ErrorNew(int code, const char *message)
+{
+    static const char no_json[] = "failed to parse the request JSON", other[] = "attempt to access ";
+    void *(*original)(int, const char *) = (void *(*)(int, const char *))(intptr_t)dlsym(RTLD_NEXT, __func__);
+    int about_json = strncmp(message, no_json, sizeof no_json - 1) == 0 || strncmp(message, other, sizeof other - 1) == 0;
+    int is_callers = code == INTERNAL && about_json && is_programs(__builtin_return_address(0));
+    return original(is_callers ? INVALID : code, message);
 }
 
 /* The program sends this size only to its HTTP threads. If the thread takes nothing for a second, the answer is lost as before. */
