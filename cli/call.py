@@ -1,7 +1,5 @@
 """`deepseek infer` and `deepseek metadata`: the client's commands, for a model built here."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import sys

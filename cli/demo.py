@@ -1,7 +1,5 @@
 """`deepseek demo`: builds, serves and judges a model, with the embedded server."""
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

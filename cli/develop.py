@@ -1,7 +1,5 @@
 """Commands for work on this repository: lint, types, tests, docs and the lock files."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -7,8 +7,6 @@ that fails does not end the others; one whose needs are not met is skipped with 
 Exit codes: 0 all steps passed, 1 a step failed, 3 none failed, but some were skipped or inconclusive.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -57,7 +55,7 @@ class StepResult:
     log: str = ""
 
     @classmethod
-    def of(cls, step: GpuStep, outcome: Outcome, reason: str, **more: Any) -> StepResult:
+    def of(cls, step: GpuStep, outcome: Outcome, reason: str, **more: Any) -> "StepResult":
         command = shlex.join(step.command)
         return cls(name=step.name, outcome=outcome, reason=reason, claim=step.claim, command=command, **more)
 

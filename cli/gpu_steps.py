@@ -4,8 +4,6 @@ Contract: a step is one command. `needs` names facts of the machine (`cli.gpu_ch
 must have passed. Everything is built and published in the check's own folder, with free ports and a stack of its own.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Contract: `make` and `deepseek` print the same words. With `make=True` options appear as variables of Make.
 """
 
-from __future__ import annotations
-
 import shlex
 import textwrap
 from collections.abc import Iterator

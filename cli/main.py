@@ -10,8 +10,6 @@ Examples:
     deepseek --make loadtest        # how the Makefile calls it: reads variables of Make too
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import io

@@ -9,8 +9,6 @@ Example:
     Option("--rate", "requests/s, open loop", kind=float)
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

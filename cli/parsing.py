@@ -4,8 +4,6 @@ Contract: `parse` returns a namespace with a value for each option, by its Pytho
 options that a flag or a variable set. Raises `Misuse`, or `HelpWanted` for -h and --help.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

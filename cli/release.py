@@ -1,7 +1,5 @@
 """`deepseek release`: releases the build, brought up to date first, or another candidate if one is named."""
 
-from __future__ import annotations
-
 import argparse
 from contextlib import nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The type of a row in the table of commands. `cli.commands` has the rows."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 
 from cli.options import Option

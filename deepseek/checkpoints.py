@@ -9,8 +9,6 @@ Examples:
     checkpoints.save(accelerator)
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

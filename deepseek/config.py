@@ -11,8 +11,6 @@ Examples:
     TrainingConfig(max_epochs=20, batch_size=64, accumulation_steps=4, early_stopping_patience=5)
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
@@ -93,7 +91,7 @@ class TransformerConfig:
                 warnings.warn(message, AdviceWarning, stacklevel=5)  # the caller that creates the config
 
     @classmethod
-    def of_any_size(cls, **settings: Any) -> TransformerConfig:
+    def of_any_size(cls, **settings: Any) -> "TransformerConfig":
         """Creates a config without AdviceWarning, for sizes that are given, as in a plan or a test."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AdviceWarning)

@@ -8,8 +8,6 @@ Example:
     REDUCED                    # ("fp16", "int8", "fp8")
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

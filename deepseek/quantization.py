@@ -7,8 +7,6 @@ Example:
     >>> QuantConfig(weight_bits=8, activation_bits=8, calibration_data="val_dataset.bin")  # doctest: +SKIP
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -96,7 +94,7 @@ class QuantConfig:
         return SUPPORTED[self.weight_bits, self.activation_bits, self._format]
 
     @classmethod
-    def of_precision(cls, precision: Precision, **settings: object) -> QuantConfig:
+    def of_precision(cls, precision: Precision, **settings: object) -> "QuantConfig":
         """The config of a precision, by its name. Raises InputError for fp32, which is not quantized."""
         for (weight_bits, activation_bits, number_format), name in SUPPORTED.items():
             if name == precision:

@@ -11,8 +11,6 @@ Example:
         learning_rate: Positive = 5e-5
 """
 
-from __future__ import annotations
-
 import functools
 import numbers
 from typing import Annotated, Any, TypeVar, dataclass_transform

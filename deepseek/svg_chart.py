@@ -14,8 +14,6 @@ Example:
     html = chart.figure()
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -8,8 +8,6 @@ Example:
     is_accelerator("auto"), is_accelerator("cuda")    # False, True
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

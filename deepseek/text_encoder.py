@@ -11,8 +11,6 @@ Example:
     encoder.batch(rows)  # {"input_ids": int64 (2, longest)}
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

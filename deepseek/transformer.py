@@ -13,8 +13,6 @@ Examples:
     init_weights(torch.nn.LSTM(8, 16))          # any module
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import get_args

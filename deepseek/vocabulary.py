@@ -9,8 +9,6 @@ Example:
     vocabulary.names[[1]], vocabulary.titles[[1]]   # [b"50"], [b"Star Wars (1977)"]
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path

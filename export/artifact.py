@@ -5,8 +5,6 @@ with its `manifest.json`; `build/<name>/{calibration,evaluation}.npz` hold real 
 Files are written to a scratch folder and renamed into place: a killed build leaves no partial file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import json
@@ -218,7 +216,7 @@ def record_build(
     artifact: Path,
     spec: DeploymentSpec,
     precision: Precision,
-    clock: Stopwatch,
+    clock: "Stopwatch",
     *,
     settings: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,

@@ -6,8 +6,6 @@ build leaves no partial files, and the next build resumes where it stopped. `--e
 builds nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -7,8 +7,6 @@ rename, and their digests are checked on every read: a killed build or a damaged
 artifact. If two builds need the same entry at once, one makes it and the other waits.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

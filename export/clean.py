@@ -4,8 +4,6 @@ With its last model, a repository also loses the generated part of the env file.
 the default ones, `docker compose up` could replace another clone's stack.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from contextlib import ExitStack

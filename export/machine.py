@@ -1,7 +1,5 @@
 """Detects this machine's GPU, its CPU and support for NVIDIA's containers. Imports nothing heavy."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

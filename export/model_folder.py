@@ -6,8 +6,6 @@ Contract of `model.py` (plain functions): `load() -> nn.Module`, `samples(split)
 read outside the folder). Exceptions in them become one line with the place in the user's file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util

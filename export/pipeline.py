@@ -5,8 +5,6 @@ data, its settings, our modules that it imports, and the versions of the package
 `export.build` runs the stages of `stages_of`, in that order.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -61,7 +59,7 @@ class Stage:
     writes: tuple[Path, ...] = ()
     beside: tuple[Path, ...] = ()
     """Files that must exist with any content: later stages add to them."""
-    parts: tuple[Stage, ...] = ()
+    parts: "tuple[Stage, ...]" = ()
     """Results within the stage that are cached under their own keys."""
 
 

@@ -4,8 +4,6 @@ Example:
     plan = build_plan_of(options)     # raises InputError if this machine cannot build it
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

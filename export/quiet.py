@@ -1,7 +1,5 @@
 """Discards what a library prints, logs and warns about; its exceptions report failures."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

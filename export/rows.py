@@ -4,8 +4,6 @@ Contract: a row is a dict of arrays with a batch dimension of 1; `build/<name>/{
 array per row and input, with keys `<row>/<input>`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ Contract: `StageInputs.of` maps each input that `export.pipeline` declares to it
 all.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

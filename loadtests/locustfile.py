@@ -9,8 +9,6 @@ by the master's monotonic clock. Workers on other machines count from the arriva
     locust -f loadtests/locustfile.py --headless --processes -1 --settings build/load/settings.json
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Formats figures for people, and which percentiles tables show."""
 
-from __future__ import annotations
-
 import math
 
 SUMMARY = (50, 95, 99, 99.9)

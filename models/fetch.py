@@ -8,8 +8,6 @@ Example:
     wheel = fetch_wheel("recbole-1.2.1-py3-none-any.whl", SHA256, build_dir("recommender") / "data", "MovieLens-100K")
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Commands that consist of other commands."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 

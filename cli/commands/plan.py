@@ -1,7 +1,5 @@
 """Planning before anything is built."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 from cli.commands.shared_options import BUILD, JSON, MODELS

@@ -1,7 +1,5 @@
 """Commands that search: for the highest rate, better settings, a regression, an autoscaler's target."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from cli.commands.shared_options import (

@@ -4,8 +4,6 @@ Contract: `Checkpoint.read(folder, task)` reads JSON only: no network, no torch,
 InputError, one line, for a folder that `deepseek import` cannot turn into a model folder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +124,7 @@ class Checkpoint:
         return "tokenizer.json" in self.files
 
     @classmethod
-    def read(cls, folder: Path, task: str) -> Checkpoint:
+    def read(cls, folder: Path, task: str) -> "Checkpoint":
         """Reads the checkpoint in `folder`; task "auto" takes the task of its architecture."""
         if not folder.is_dir():
             seen = "a file" if folder.is_file() else "no such folder"

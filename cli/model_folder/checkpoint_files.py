@@ -1,7 +1,5 @@
 """Reads the JSON files of a transformers checkpoint. Raises InputError, one line, for what cannot be read."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from pathlib import Path

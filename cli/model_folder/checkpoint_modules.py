@@ -3,8 +3,6 @@
 Contract: reads JSON only, and raises InputError, one line.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Contract: reads JSON only, and raises InputError, one line.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Contract: the folder is complete, with a copy of the weights and the tokenizer, 
 Nothing is downloaded and no code of the checkpoint runs. The build loads the weights and finds out whether they fit.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

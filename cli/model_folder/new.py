@@ -1,7 +1,5 @@
 """`deepseek new`: writes a model folder to start from. It builds unchanged; comments explain its two files."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager

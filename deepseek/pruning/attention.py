@@ -4,8 +4,6 @@ Contract: `HeadAttention(attention)` takes over the weights of an `nn.MultiheadA
 and returns the same outputs. The total width of its heads may differ from the width of the input.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -8,8 +8,6 @@ Examples:
     before, after = distil(pruned, original, [(ids,) for ids in batches], checkpoints="build/mine/distillation")
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +95,7 @@ class AsServed(nn.Module):
         super().__init__()
         self.module = module
 
-    def train(self, mode: bool = True) -> AsServed:
+    def train(self, mode: bool = True) -> "AsServed":
         self.training = mode
         return self
 

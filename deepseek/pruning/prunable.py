@@ -9,8 +9,6 @@ others. `measure` sets the importance of their units, `cut` removes units. Use i
 module in eval mode and with every float parameter requiring a gradient. Raises InputError if forward cannot be traced.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -16,8 +16,6 @@ Examples:
     load_pruned(original, "pruned.safetensors")                      # sizes and weights, not a pickle
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -10,8 +10,6 @@ Rules of the prediction; none is fitted:
     replicas  enough for the rate at the time when new replicas answer, as it grows until then, plus one spare (N+1)
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ the value seen and what is allowed. `make plan MEASURE=1` measures "this-machine
 `$DEEPSEEK_BUILD/this-machine.toml`, in the same format.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from importlib.resources import files

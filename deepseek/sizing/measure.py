@@ -6,8 +6,6 @@ default of `[batching]`). Rates are those of ONNX Runtime's matrix products at 5
 in processor time if an instance has one thread. Other load on caches and memory still affects them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise

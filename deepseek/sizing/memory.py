@@ -12,8 +12,6 @@ Training state per parameter: weights + gradients + Adam (ZeRO, Rajbhandari et a
 So mixed precision does not reduce the training state; it reduces activations and time.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

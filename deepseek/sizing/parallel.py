@@ -17,8 +17,6 @@ and were not compared with measurements.
               micro-batches, (N-1)/(M+N-1) of the time is idle, and the first stage keeps up to N of them (1F1B)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal

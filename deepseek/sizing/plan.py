@@ -4,8 +4,6 @@ Contract: no torch; nothing is measured here. `make_plan` combines the results o
 `HardwarePlan.as_dict`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -5,8 +5,6 @@ shape, or a Transformer given by its sizes. GB are 1e9 bytes. docs/plan.md shows
 predictions are where they could be checked.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ Contract: reads a `HardwarePlan`, changes nothing. A tilde marks predictions for
 fitted nor measured.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping
 

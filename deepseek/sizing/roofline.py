@@ -14,8 +14,6 @@ each device and type. A device without published figures gets DEFAULT_EFFICIENCY
 see docs/plan.md. Host copies, queueing and the network are not included.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from deepseek.precisions import BITS

@@ -22,8 +22,6 @@ gradients of the embeddings, the optimizer's step, and the end of forward, when 
 checkpointing, autocast's cache holds the copies of all weights.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, Protocol
 

@@ -1,7 +1,5 @@
 """Turns a mistake in a configuration file into one line: the key, the value seen, what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

@@ -1,7 +1,5 @@
 """Shared by every command: errors with exit codes, and the function that runs a command."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

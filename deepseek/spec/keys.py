@@ -3,8 +3,6 @@
 Contract: the meaning of a key is the text under its field; the meaning of a table is the docstring of its class.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Iterator

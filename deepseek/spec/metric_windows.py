@@ -1,7 +1,5 @@
 """Windows over which Prometheus computes rates (PromQL duration to seconds), and the bounds of a histogram."""
 
-from __future__ import annotations
-
 WINDOWS_S = {
     "1m": 60,
     "2m": 120,

@@ -3,8 +3,6 @@
 Examples of lines: `p99_ms < 50`, `p50_ms < 10 @ 200 rps`, `error_rate < 0.1%`, `ndcg@10 >= 0.99 * baseline`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -65,7 +63,7 @@ class Objective:
         return next(kind for kind, facts in KINDS.items() if facts.has(self.measure))
 
     @property
-    def facts(self) -> KindFacts:
+    def facts(self) -> "KindFacts":
         """The row of KINDS for its kind."""
         return KINDS[self.kind]
 
@@ -75,7 +73,7 @@ class Objective:
         return {**relations, ">": seen > self.limit, ">=": seen >= self.limit}[self.relation]
 
     @classmethod
-    def parse(cls, text: str) -> Objective:
+    def parse(cls, text: str) -> "Objective":
         """Parses a line. Raises ValueError in one line if it is not an objective."""
         found = _OBJECTIVE.fullmatch(text.strip())
         if found is None:

@@ -15,8 +15,6 @@ Example:
     judge_drop(1 / 3, paired, max_drop=0.01, candidates=2).verdict     # "undecided"
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +50,7 @@ class PairedRows:
         return round(self.loss / self.baseline, _DIGITS) if self.baseline > 0 else 0.0
 
     @classmethod
-    def of(cls, baseline: Sequence[float], candidate: Sequence[float], *, share: float = 1.0) -> PairedRows:
+    def of(cls, baseline: Sequence[float], candidate: Sequence[float], *, share: float = 1.0) -> "PairedRows":
         """The moments of two metrics over the same rows, all finite, at least one row.
 
         `share`: the candidate answered only this share of the rows, the baseline the rest, and the losses in

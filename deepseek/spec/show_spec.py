@@ -1,7 +1,5 @@
 """Checks a `deploy.toml` and prints its signature, or prints every key of `deploy.toml`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import textwrap

@@ -1,7 +1,5 @@
 """Tables of `deploy.toml`: signature, axes, precision, parity, batching, and what runs the graph."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -38,7 +36,7 @@ class Axis(Table):
     """Largest size. For the axis `batch`, also Triton's max_batch_size unless `batching.max_batch` sets it."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Axis:
+    def _ordered(self) -> "Axis":
         if not self.min <= self.opt <= self.max:
             raise ValueError(f"seen min {self.min}, opt {self.opt}, max {self.max}; allowed: min <= opt <= max")
         return self
@@ -153,7 +151,7 @@ class BatchingSpec(Table):
     lifts this limit."""
 
     @model_validator(mode="after")
-    def _served_in_time(self) -> BatchingSpec:
+    def _served_in_time(self) -> "BatchingSpec":
         if self.queue_timeout_ms is not None and self.max_queue_delay_us >= self.queue_timeout_ms * 1000:
             raise at(
                 "max_queue_delay_us",
@@ -184,7 +182,7 @@ class TensorrtSpec(Table):
     `batching.max_batch` are left out."""
 
     @model_validator(mode="after")
-    def _graphs_wanted(self) -> TensorrtSpec:
+    def _graphs_wanted(self) -> "TensorrtSpec":
         if self.cuda_graph_batches and not self.cuda_graphs:
             raise at("cuda_graph_batches", f"seen {list(self.cuda_graph_batches)}, but cuda_graphs is not true")
         return self
@@ -254,7 +252,7 @@ class OnnxRuntimeSpec(Table):
     own, which comes with NVIDIA's full images."""
 
     @model_validator(mode="after")
-    def _fits(self) -> OnnxRuntimeSpec:
+    def _fits(self) -> "OnnxRuntimeSpec":
         if self.options and not is_accelerator(self.provider):
             raise at("options", f"provider is {self.provider}; name an accelerator as the provider")
         if self.backend == "onnxruntime" and is_accelerator(self.provider) and not PROVIDERS[self.provider].is_nvidia:

@@ -3,8 +3,6 @@
 Contract: `TextSpec.fills` names the inputs; `check_text` raises if the model cannot take texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Literal

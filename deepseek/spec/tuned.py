@@ -8,8 +8,6 @@ Example:
     tuned.with_target("onnxruntime", TunedTarget(batching=TunedBatching(max_batch=8))).write(path)
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -54,11 +52,11 @@ class TunedFile(Table):
     targets: dict[Target, TunedTarget] = {}
 
     @classmethod
-    def read(cls, path: Path) -> TunedFile:
+    def read(cls, path: Path) -> "TunedFile":
         """Reads the file; empty if it does not exist. Raises InputError in one line."""
         return checked(cls, read_toml(path), path) if path.exists() else cls()
 
-    def with_target(self, target: Target, values: TunedTarget) -> TunedFile:
+    def with_target(self, target: Target, values: TunedTarget) -> "TunedFile":
         """A copy with the values of one target replaced."""
         return TunedFile(targets={**self.targets, target: values})
 

@@ -3,8 +3,6 @@
 Contract: `check_vocabulary` raises an error that names the key if the model cannot take names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated
 

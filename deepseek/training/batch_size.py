@@ -8,8 +8,6 @@ multiple of 8 and at most the number of rows. Checkpoints record it, so that a r
 A larger batch means fewer steps per epoch; the learning rate is not adjusted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator

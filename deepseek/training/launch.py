@@ -6,8 +6,6 @@ that gives `train_model` a checkpoint folder resumes when it is started again. F
 itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """The order of the rows in each epoch, and their batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ Contract: `limit_bytes` is the memory of its GPU, or its share of the machine's 
 less. `deepseek.sizing.model.live_memory` measures a step tensor by tensor.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 from collections.abc import Iterable

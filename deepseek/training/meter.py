@@ -5,8 +5,6 @@ most `MOST` points: when it is full, pairs of points are merged. Only the time o
 validation and checkpoints.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Result, progress and failure of a training run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

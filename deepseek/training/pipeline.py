@@ -9,8 +9,6 @@ process takes the model's input from that call; the last process calls the loss 
 `torch.distributed.pipelining` does the scheduling and sending.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections import OrderedDict

@@ -1,7 +1,5 @@
 """Progress of a run: a bar on a terminal, elsewhere a line now and then."""
 
-from __future__ import annotations
-
 import math
 import time
 from typing import Any
@@ -23,7 +21,7 @@ class ProgressLine:
         self.said_at = -math.inf
         self.summary = ""
 
-    def __enter__(self) -> ProgressLine:
+    def __enter__(self) -> "ProgressLine":
         self.bar.start()
         return self
 

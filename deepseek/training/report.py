@@ -5,8 +5,6 @@ figures as JSON, from which the report can be drawn again. Both are written atom
 infinite values.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Before the first step: precision, running average, gradient checkpointing. After the last: the process group's end.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import importlib

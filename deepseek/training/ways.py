@@ -11,8 +11,6 @@ loss, gradient norm and validation loss, so they make the same decisions: when t
                given model stays whole in RAM, and gets the best weights at the end
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

@@ -6,8 +6,6 @@ build or is not in its precision; the others are still built. A graph that could
 is a failure if the precision was asked for by name or is one of deploy.toml's candidates.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -5,8 +5,6 @@ time it. ONNX Runtime copies inputs and outputs, and the host's clock times it. 
 code 1 if any failed, 2 without a GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -8,8 +8,6 @@ Writes `build/<name>/parity.json`. Exit 1 past a tolerance, 2 if nothing serves 
 or too slow.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

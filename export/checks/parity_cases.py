@@ -4,8 +4,6 @@ Contract: an `EndpointComparison` calls one endpoint and compares with given out
 refuses is a failed check, any other error propagates. `export.checks.parity` runs the trials over each protocol.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

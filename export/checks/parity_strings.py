@@ -4,8 +4,6 @@ Contract: the ids of texts are made here with the model's tokenizer and sent one
 batches. Names are those of the items in evaluation rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

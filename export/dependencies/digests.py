@@ -4,8 +4,6 @@ Contract: a file is re-read only if its path, size, mtime or inode has changed. 
 last two seconds is not remembered: another write could leave the same time and size.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import json

@@ -5,8 +5,6 @@ no package that the build itself needs changes, and a requirement that contradic
 requirements are met, pip is not called for this environment, so a finished build needs no network.
 """
 
-from __future__ import annotations
-
 import fcntl
 import importlib
 import importlib.metadata

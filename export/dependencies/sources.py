@@ -4,8 +4,6 @@ Contract: imports, lazy ones included, are read from the source without importin
 this repository, the model folder and other Python files that are not installed packages.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

@@ -6,8 +6,6 @@ outcome. `sizes_of_branches` finds such sizes. The conditions of PyTorch itself 
 so the graph is compared with PyTorch there, not refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writes ONNX graphs; weights over 1 GiB go to a separate file beside the graph."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -3,8 +3,6 @@
 The exporter keeps a stack trace with each node. The graph on disk has none: it would hold this machine's paths.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import traceback

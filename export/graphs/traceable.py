@@ -3,8 +3,6 @@
 Contract: `traceable()` restores everything at its end; `with_any_attention` exports, and tries again if need be.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Contract: `TRANSLATIONS` maps a target of the traced program to a function with the target's signature, in onnxscript.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable

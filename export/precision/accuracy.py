@@ -1,7 +1,5 @@
 """Measures how far outputs are from those of fp32 PyTorch: parity and the task metric."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import defaultdict, deque

@@ -10,8 +10,6 @@ decides by it; else by the number alone. If the sensitivity pass chose layers by
 rows, and the other half judges.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -68,7 +66,7 @@ class Baseline:
         return self.evaluated.metrics
 
     @classmethod
-    def of(cls, source: ModelFolder, predict: Predict | None = None) -> Baseline:
+    def of(cls, source: ModelFolder, predict: Predict | None = None) -> "Baseline":
         """Runs PyTorch (or `predict`) over the evaluation rows, and over evaluate() if there is a metric."""
         rows = load_rows(build_dir(source.spec.name) / "evaluation.npz")
         predict = predict or module_predictor(source.spec, source.load())

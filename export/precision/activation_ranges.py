@@ -5,8 +5,6 @@ samples. `calibration_curve` puts the earlier ranges into the finished Q/DQ grap
 point costs one short run, not a calibration. Its last point is the graph as built.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path

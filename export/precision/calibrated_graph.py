@@ -4,8 +4,6 @@ Contract: reads `build/<name>/fp32/model.onnx` and publishes nothing. A build ca
 accuracy budget needs no new calibration.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

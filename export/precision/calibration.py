@@ -4,8 +4,6 @@ Contract: the rows cover short and long inputs and exclude evaluation rows. Need
 model.py: `export.stages.to_onnx` wrote the model's own samples to `build/<name>/calibration.npz`.
 """
 
-from __future__ import annotations
-
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence

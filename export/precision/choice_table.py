@@ -3,8 +3,6 @@
 The stage that quantizes prints the shares of these layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

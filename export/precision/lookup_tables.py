@@ -6,8 +6,6 @@ of memory, and takes 6.3 GiB this way.
 Contract: `taken_out` makes each large table an input of the graph, `WithTables` feeds it, `put_back` undoes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Chooses the precision to serve, from the judgements of the accuracy budget and the seconds of each round."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

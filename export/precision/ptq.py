@@ -5,8 +5,6 @@ pairs around weights that are still wide. ModelOpt rewrites the graph that it re
 a copy in a folder of its own. Its exceptions become GateFailed: this precision fails for this model, others may work.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Contract: works on ModelOpt's graph, where weights are still in high precision b
 calibration without that layer would give, without calibrating again. `found_precision` takes any graph.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping

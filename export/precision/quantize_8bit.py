@@ -4,8 +4,6 @@ Contract: reads `build/<name>/fp32/model.onnx` and publishes nothing; returns th
 (method, output errors, a curve over the number of samples) and "sensitivity" (each layer's share of the error).
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

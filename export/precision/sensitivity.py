@@ -8,8 +8,6 @@ Share of a layer: its part of the sum of the squared output errors that each lay
 outputs. Errors of single layers add up about like independent noise.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

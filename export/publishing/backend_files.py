@@ -1,7 +1,5 @@
 """The source files of this project's Python backend, which run inside Triton beside a model. Imports nothing heavy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from deepseek.spec import DeploymentSpec, Target

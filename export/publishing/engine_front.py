@@ -5,8 +5,6 @@ in the version's folder, in a repository of its own, which `serving.embedded.fla
 front has the public name, tokenizes or looks names up, and calls the engine's model. So a version is still one folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

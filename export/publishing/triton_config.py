@@ -1,7 +1,5 @@
 """Builds `config.pbtxt`, Triton's configuration of a model, as Triton's own protobuf message."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 

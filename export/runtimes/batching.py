@@ -1,7 +1,5 @@
 """Runs predictors over more rows than the profile allows at once, by splitting and joining batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from deepseek.spec import Axis, DeploymentSpec

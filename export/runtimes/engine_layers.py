@@ -5,8 +5,6 @@ decides there which kernels run. Otherwise, or if the engine shows too few of th
 the network that was compiled. "read_from" and "note" say which, and why.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

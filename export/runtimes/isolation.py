@@ -7,8 +7,6 @@ out). `made_alone` is for artifacts of one of several candidates: a failure is r
 child is a fork, without the threads of torch or of a session: call it before this process has any.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import multiprocessing
 import os

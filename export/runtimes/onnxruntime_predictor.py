@@ -1,7 +1,5 @@
 """A graph in ONNX Runtime as a function from a dict of arrays to a dict of arrays."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import onnx

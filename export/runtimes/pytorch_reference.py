@@ -5,8 +5,6 @@ on real inputs at the corners of the profile, none of them traced sizes: this fi
 in. A profile with only one shape is checked there, with other inputs than those that were traced.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

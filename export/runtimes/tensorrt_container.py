@@ -6,8 +6,6 @@ $DEEPSEEK_BUILD read-write, the caller's user id and no network. The engine then
 same tag. If the machine lacks something, one line says what (exit 2).
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

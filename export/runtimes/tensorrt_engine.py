@@ -6,8 +6,6 @@ TensorRT 11 has no flag for it, 10.12 gets STRONGLY_TYPED, which 11 accepts and 
 TensorRT name used here: `tests/test_tensorrt_api.py`.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Mapping

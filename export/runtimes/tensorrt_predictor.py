@@ -1,7 +1,5 @@
 """A TensorRT engine as a function from a dict of arrays to a dict of arrays, and on the clock of its GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ the caches as the one before it left them. A variant is faster (or slower) if it
 otherwise the difference is within the noise.
 """
 
-from __future__ import annotations
-
 import random
 import statistics
 import subprocess

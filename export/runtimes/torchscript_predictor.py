@@ -1,7 +1,5 @@
 """A TorchScript module as a function from a dict of arrays to a dict of arrays."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Picks the predictor and the timers for a precision on a target."""
 
-from __future__ import annotations
-
 from deepseek.spec import DeploymentSpec, Precision, Target, variables_for
 from export.artifact import engine_path, need, onnx_path, read_manifest
 from export.model_folder import Predict

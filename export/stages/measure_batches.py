@@ -10,8 +10,6 @@ which `publish` sets batching and queue.
 Not measured, with the reason in the file: an accelerator of ONNX Runtime, and Triton's own ONNX Runtime backend.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

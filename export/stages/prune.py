@@ -8,8 +8,6 @@ fine-tuning resumes. Results are cached, unless model.py has `finetune` or `eval
 they read.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -7,8 +7,6 @@ configuration. A version that a release into the same repository refused, or tha
 with `--anyway` (docs/release.md).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

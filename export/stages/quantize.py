@@ -7,8 +7,6 @@ that breaks the budget goes through the sensitivity pass, which keeps the worst 
 sensitivity.json (each layer's share of the error) and calibration.json (would more samples help?).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

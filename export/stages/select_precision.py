@@ -7,8 +7,6 @@ more accurate one is served. Writes `build/<name>/choice-<target>.json` and the 
 the budget refuses a precision asked for by name. Definition of drop: export/precision/accuracy_budget.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os

@@ -8,8 +8,6 @@ and where `forward` takes another path; none of them is the traced one if there 
 baked in.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

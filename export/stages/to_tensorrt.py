@@ -8,8 +8,6 @@ layers of the built engine, or of the network if this machine cannot load the en
 graph that stayed fp32.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

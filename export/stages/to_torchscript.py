@@ -7,8 +7,6 @@ deploy.toml and returns a tensor, or a tuple in the order of [outputs]. The file
 the GPU if there is one. fp32 only.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import keyword

@@ -6,8 +6,6 @@ reads outside the model folder), the files that `train()` wrote are cached. If c
 before, they are dropped and training runs. Without `fingerprint()`, training runs each time.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

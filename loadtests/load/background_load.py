@@ -7,8 +7,6 @@ when its standard input closes, so it never outlives its parent.
         log = load.stop()["shop"]
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

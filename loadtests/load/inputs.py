@@ -7,8 +7,6 @@ request is one row, repeated if the profile's smallest batch is larger than 1. R
 that lengths mix in their true proportions.
 """
 
-from __future__ import annotations
-
 import math
 import zipfile
 import zlib

@@ -4,8 +4,6 @@ Contract: `preflight` reports mistakes before any load. A run appears atomically
 `loadtests.slo.verdict` judges it, `loadtests.report` draws it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

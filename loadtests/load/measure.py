@@ -4,8 +4,6 @@ Contract: a run appears atomically, and Locust and its workers always end with t
 On other machines `work_for` sends a share of the same loads.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import math

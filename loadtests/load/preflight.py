@@ -3,8 +3,6 @@
 Contract: raises a one-line `InputError`, or returns the server's metadata of the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path

@@ -6,8 +6,6 @@ them, by the sizes that differ between inputs or by the bytes of the encoded req
 chooses by its hash; without one they take turns.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A log of every single request of a load; load tests keep histograms instead (`recorder`)."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,11 +38,11 @@ class RequestLog:
         return len(self.requests)
 
     @property
-    def answered(self) -> RequestLog:
+    def answered(self) -> "RequestLog":
         return RequestLog([each for each in self.requests if each.error is None])
 
     @property
-    def failed(self) -> RequestLog:
+    def failed(self) -> "RequestLog":
         return RequestLog([each for each in self.requests if each.error is not None])
 
     @property
@@ -55,7 +53,7 @@ class RequestLog:
     def messages(self) -> list[str]:
         return list({each.kind: each.error or "" for each in self.failed.requests}.values())
 
-    def between(self, begins_s: float, ends_s: float = float("inf")) -> RequestLog:
+    def between(self, begins_s: float, ends_s: float = float("inf")) -> "RequestLog":
         return RequestLog([each for each in self.requests if begins_s <= each.planned_s < ends_s])
 
     def latency_ms(self, percent: float) -> float:

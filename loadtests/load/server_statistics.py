@@ -5,8 +5,6 @@ total nanoseconds with the number of requests:
 `difference(before, fetch(url, "grpc", "recommender"))["queue"]` is `{"count": 2000, "ns": 3100000}`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any, Literal
 

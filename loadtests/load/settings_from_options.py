@@ -1,7 +1,5 @@
 """Settings from the options that all commands share which load a running server."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -4,8 +4,6 @@ Contract: reads the results of `make parity` (measured through the endpoint) and
 Only results of the served version or precision count. A run stores them, so that it can be judged later.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

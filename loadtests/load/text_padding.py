@@ -4,8 +4,6 @@ Contract: a server without such metrics, or one that does not answer, gives {}. 
 `difference(before, fetch("127.0.0.1:8002", "minilm"))` is `{"text_tokens": 4000, "text_padded_tokens": 4200}`.
 """
 
-from __future__ import annotations
-
 import re
 import urllib.request
 from collections import Counter

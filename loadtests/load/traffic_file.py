@@ -9,8 +9,6 @@ Example:
     read_traffic(Path("traffic.csv"), {"recommender": 1000}).of("recommender").times_s      # [0.0, 0.013, ...]
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import math

@@ -9,8 +9,6 @@ Example:
     measure_until_decided(load, console, budget_s=1200).settings.looks      # 4: after 90, 180, 360 and 720 s
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ speedscope.app). On a machine with an NVIDIA GPU the second server runs under `n
 `nsys.nsys-rep` (never run on a GPU).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -9,8 +9,6 @@ Example:
     recorded.run_of(recorded.traced[0]).operators
 """
 
-from __future__ import annotations
-
 import json
 import re
 from bisect import bisect_left
@@ -196,7 +194,7 @@ class Recorded:
     """What went wrong; empty if nothing did."""
 
     @classmethod
-    def load(cls, folder: Path) -> Recorded:
+    def load(cls, folder: Path) -> "Recorded":
         """Reads a recording and its trace file; InvalidMeasurement if that has no trace of the requests."""
         about = json.loads((folder / "calls.json").read_text(encoding="utf-8"))
         calls = sorted((Call(**call) for call in about["calls"]), key=lambda call: call.send_ns)

@@ -6,8 +6,6 @@ model's busy backend processes, one file per instance for speedscope.app; withou
 also records the CPU times of the threads, since py-spy also samples threads that only wait.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Contract: phases have no gaps, so their means add up to the mean request. An ope
 the traced requests. A function's CPU time is its share of the samples of a thread, times the CPU time of the thread.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import defaultdict

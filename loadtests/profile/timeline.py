@@ -15,8 +15,6 @@ Example:
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -8,8 +8,6 @@ Example:
     baseline.lay_out(folder)        # folder/repository/recommender/2 -> model_repository/recommender/2
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ class ComparedVersion:
     runs: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, role: Role, given: str, model: str, repository: Path) -> ComparedVersion:
+    def of(cls, role: Role, given: str, model: str, repository: Path) -> "ComparedVersion":
         """Finds what `given` names; InputError if it is none of the three kinds."""
         variable, path = VARIABLES[role], Path(given)
         if not given:

@@ -12,8 +12,6 @@ Example:
     comparison.verdict      # "no worse"
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Contract: at each rate the runs of a version are judged as one run, by the verdi
 A maximum is left out: one slow answer would decide, and a stall of the machine makes one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +45,7 @@ class HeldRates:
     at: Mapping[float, SloVerdict]
 
     @classmethod
-    def of(cls, runs: Sequence[Run], rates_rps: Sequence[float], slo: SloSpec, looks: int) -> HeldRates:
+    def of(cls, runs: Sequence[Run], rates_rps: Sequence[float], slo: SloSpec, looks: int) -> "HeldRates":
         """Judges the runs at each rate; `looks` verdicts share the error of the SLO's confidence."""
         lasting = [text for text in slo.objectives if Objective.parse(text).measure != "max_ms"]
         slo = slo.model_copy(update={"objectives": tuple(lasting)})

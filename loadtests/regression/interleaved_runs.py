@@ -8,8 +8,6 @@ Example:
     for baseline_run, candidate_run in interleaved((baseline, candidate), plan, folder, Console()): ...
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import subprocess

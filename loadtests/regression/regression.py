@@ -8,8 +8,6 @@ all figures to `regression.json` beside it. The runs stay under `build/<model>/r
 Exit codes: 0 no worse; 1 worse, or the candidate does not load or dies; 2 bad input; 3 inconclusive.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

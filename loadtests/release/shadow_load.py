@@ -11,8 +11,6 @@ A request that is refused as busy is retried; one that stays refused makes the r
 tail latencies are reported, not judged (`export.checks.parity` judges the numbers).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

@@ -12,8 +12,6 @@ and "errors" count requests that were in flight at the change or were sent after
 "since_seen" those that were planned after the server first reported the version.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -5,8 +5,6 @@ judged latency of each. All runs share one SLO; the parts of a mix have one each
 the second for which it was planned; long runs have wider steps with merged histograms.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The top of a report: the verdict, objective by objective, and the main figures."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

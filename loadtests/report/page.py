@@ -4,8 +4,6 @@ Contract: no scripts and no external resources; the page's Content-Security-Poli
 the reader's system. These functions escape the text they are given, except `body` and `explanation`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files

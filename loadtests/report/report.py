@@ -3,8 +3,6 @@
 Contract: reads saved files and `deploy.toml`; writes the page beside the runs and prints its path (docs/report.md).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

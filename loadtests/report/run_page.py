@@ -1,7 +1,5 @@
 """The pages of load tests: one run, several runs over each other, or a mix of models under load at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tables of a run: where the time goes, percentiles, failures, the generator's health, settings, machine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path

@@ -4,8 +4,6 @@ Contract: drawn only from `capacity.json` and `tuning.json` (`loadtests.search.c
 `loadtests.tune.tune_result`), as cards in the report of a run with the same model and target, or as separate pages.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from html import escape

@@ -3,8 +3,6 @@
 A percentile from a histogram is at most 0.1 % above the true one. Histograms are added, never averaged.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import numpy as np

@@ -9,8 +9,6 @@ Example:
     mix.least_rate_rps                      # 160: a quarter of it is minilm's 40
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -52,7 +50,7 @@ class Mix:
     slo_rates_rps: dict[str, float | None]
 
     @classmethod
-    def parse(cls, text: str, slo_rates_rps: Mapping[str, float | None]) -> Mix:
+    def parse(cls, text: str, slo_rates_rps: Mapping[str, float | None]) -> "Mix":
         """Parses a mix from the command line; InputError if it is invalid."""
         weights = {}
         for model, weight in _parsed(text):

@@ -12,8 +12,6 @@ Example:
     Run.load(latest_run("recommender")).window.latency("intended").percentile_ms(99)
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -50,7 +48,7 @@ class Run:
     """The window by the lengths of the inputs, shortest first; empty if all inputs have one length."""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Run:
+    def load(cls, folder: str | Path) -> "Run":
         """Reads a run's folder; InputError if it is not one or is damaged."""
         folder = Path(folder)
         try:

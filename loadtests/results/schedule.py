@@ -9,8 +9,6 @@ Examples:
     send_times_s(segments_of("10-200x60, 200x300"))   # a ramp, then a soak
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

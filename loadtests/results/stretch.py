@@ -1,7 +1,5 @@
 """Counts, rates and latencies over several seconds of a run."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections import Counter

@@ -11,8 +11,6 @@ Example:
     scaler.sync(0, 2, PodMetrics(values=[1.6, 1.4]))       # 3
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -20,8 +20,6 @@ Example:
     day.late_share, day.node_hours
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -144,7 +142,7 @@ class Cluster:
     def ready(self, now_s: float) -> int:
         return sum(pod.ready_s <= now_s for pod in self.pods)
 
-    def metrics(self, now_s: float, load: PodLoad, metric: Metric) -> PodMetrics:
+    def metrics(self, now_s: float, load: "PodLoad", metric: Metric) -> PodMetrics:
         until_s = now_s - METRIC_LAG_S
         ticks = [int(min(METRIC_WINDOW_S, until_s - pod.ready_s) // TICK_S) for pod in self.pods]
         by_ticks = load.metrics()

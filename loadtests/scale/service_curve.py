@@ -10,8 +10,6 @@ Example:
     curve.p99_ms(800.0), curve.queue_ratio(800.0), curve.saturation_rps
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +52,7 @@ class ServiceCurve:
     """The highest rate that met the SLO."""
 
     @classmethod
-    def of(cls, capacity: Capacity) -> ServiceCurve:
+    def of(cls, capacity: Capacity) -> "ServiceCurve":
         """Makes the curve from a search's trials; InputError if no rate held."""
         if capacity.capacity_rps is None:
             raise InputError(
@@ -69,7 +67,7 @@ class ServiceCurve:
             capacity_rps=capacity.capacity_rps,
         )
 
-    def slowed(self, share: float) -> ServiceCurve:
+    def slowed(self, share: float) -> "ServiceCurve":
         """The curve of a slower server: the same times at rates that are lower by `share`."""
         kept = 1 - share
         p99, queue, compute = (

@@ -8,8 +8,6 @@ reads. Node-hours count the servers' nodes, without the gateway's pods.
 Exit codes: 0 chosen; 1 no setting holds; 2 bad input or no capacity.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

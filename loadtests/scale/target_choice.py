@@ -6,8 +6,6 @@ Example:
     choice.best.target, choice.best.min_replicas
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

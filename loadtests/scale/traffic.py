@@ -10,8 +10,6 @@ Example:
     rates = read_traffic(Path("monday.csv"))
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Literal, get_args

@@ -8,8 +8,6 @@ Exit codes: 0 found and confirmed; 1 no rate holds, or the SLO is violated at it
 3 inconclusive (`Capacity.exit_code`).
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Example:
     Capacity.load(capacity_path("recommender"), "recommender").capacity_rps
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +30,7 @@ class ServerSettings(Table):
     max_queue_delay_us: int | None = None
 
     @classmethod
-    def of(cls, served: ModelMetadata) -> ServerSettings:
+    def of(cls, served: ModelMetadata) -> "ServerSettings":
         threads = served.parameters.get("threads") or served.parameters.get("intra_op_thread_count")
         return cls(
             max_batch=served.max_batch_size,

@@ -28,8 +28,6 @@ Example:
     RateSearch(SearchPlan(start_rps=100, duration_s=10), try_rate).run()    # HighestRate(capacity_rps=412.0, ...)
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

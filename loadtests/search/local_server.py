@@ -8,8 +8,6 @@ Example:
         server.settings.url      # 127.0.0.1:45123
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import socket

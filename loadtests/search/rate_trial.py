@@ -4,8 +4,6 @@ Example:
     RateTrial(rate_rps=120, phase="bisect", outcome="holds", achieved_rps=119.4, ...)
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -45,7 +43,7 @@ class RateTrial(Table):
     """The run's folder; empty if the load generator cannot send at this rate."""
 
     @classmethod
-    def of_run(cls, run: Run, slo: SloSpec, phase: Phase) -> RateTrial:
+    def of_run(cls, run: Run, slo: SloSpec, phase: Phase) -> "RateTrial":
         """Judges a run by `slo`, which must be the SLO at the rate of the run (`slo_at`)."""
         assert run.settings.rate_rps is not None
         judgement, latency = judge(run, slo), run.window.latency("intended")

@@ -3,8 +3,6 @@
 Contract: the file is written atomically; `load` raises a one-line InputError that names the command that makes it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import ClassVar, Self
 

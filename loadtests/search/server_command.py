@@ -1,7 +1,5 @@
 """The server that a load starts for itself: the embedded Triton, the compose stack's, or the command of --server."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from deepseek.spec import DeploymentSpec, InputError, Target

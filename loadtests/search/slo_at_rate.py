@@ -11,8 +11,6 @@ Example:
     slo_at(spec.slo, 120.0, duration_s=10).rate_rps      # 119.3
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

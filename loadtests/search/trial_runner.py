@@ -8,8 +8,6 @@ Example:
     RateSearch(runner.plan(start_rps=100, duration_s=10), runner).run()
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,7 @@ class TrialRunner:
     """The load generator's machine; filled by the first run."""
 
     @classmethod
-    def at(cls, spec: DeploymentSpec, settings: LoadSettings, folder: Path, console: Console) -> TrialRunner:
+    def at(cls, spec: DeploymentSpec, settings: LoadSettings, folder: Path, console: Console) -> "TrialRunner":
         """On a server that has just started; InputError if it does not serve the model of the spec."""
         served = check(replace(settings, users=1), spec)
         return cls(spec=spec, settings=settings, served=served, folder=folder, console=console)

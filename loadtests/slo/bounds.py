@@ -12,8 +12,6 @@ Example:
     share_bounds(np.zeros(90), np.full(90, 100), seconds=90)    # low 0, high 0.0066: p99 holds
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Checks the load generator of a run: the requests it sent, their delay, and its CPU use."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -6,8 +6,6 @@ confidence bound is inside its limit, is violated if the bound is outside, and i
 request over the limit violates a maximum, and an error rate of 0. The task metric is judged as measured.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace

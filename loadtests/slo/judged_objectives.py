@@ -1,7 +1,5 @@
 """The judgement of one objective, and the verdict on all of them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -11,8 +11,6 @@ Example:
     ratio_interval(percentiles(candidate, draws, 99), percentiles(baseline, draws, 99), pairs=8, confidence=0.95)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +40,7 @@ class PooledStretches:
     planned: np.ndarray
 
     @classmethod
-    def of(cls, stretches: Sequence[Stretch]) -> PooledStretches:
+    def of(cls, stretches: Sequence[Stretch]) -> "PooledStretches":
         counts = np.stack([each.latency("intended").counts for each in stretches])
         used = np.flatnonzero(counts.any(axis=0))
         return cls(

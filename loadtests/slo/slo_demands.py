@@ -3,8 +3,6 @@
 Contract: reads only the SLO and the settings of a run, so that it can report before the run what that cannot prove.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

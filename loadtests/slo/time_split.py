@@ -3,8 +3,6 @@
 Time that Triton does not report belongs to the client and the network.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +42,7 @@ class TimeSplit:
     """Open loop: delay between the planned and the actual send."""
 
     @classmethod
-    def of(cls, statistics: dict[str, Any], *, service_ms: float, intended_ms: float = math.nan) -> TimeSplit | None:
+    def of(cls, statistics: dict[str, Any], *, service_ms: float, intended_ms: float = math.nan) -> "TimeSplit | None":
         """Splits the client's mean latency with the difference of two `fetch`es; None if either is unknown."""
         count = (statistics or {}).get("success", {}).get("count", 0)
         if not count or not math.isfinite(service_ms):
@@ -54,7 +52,7 @@ class TimeSplit:
         return cls(parts=parts, outside=max(0.0, service_ms - sum(parts.values())), late=max(0.0, late))
 
     @classmethod
-    def of_run(cls, run: Run) -> TimeSplit | None:
+    def of_run(cls, run: Run) -> "TimeSplit | None":
         service, intended = run.window.latency("service").mean_ms, run.window.latency("intended").mean_ms
         return cls.of(run.server.get("statistics") or {}, service_ms=service, intended_ms=intended)
 

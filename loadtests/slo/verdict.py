@@ -1,7 +1,5 @@
 """The command that judges a saved run against the SLO of `deploy.toml`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

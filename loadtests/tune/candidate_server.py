@@ -8,8 +8,6 @@ Example:
         server.p99_ms(120, seed=1)
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import subprocess

@@ -12,8 +12,6 @@ Example:
     curves.p99_ms(settings[0], 120.0)
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -48,7 +46,7 @@ class Curves:
     """Rows of a request."""
 
     @classmethod
-    def measured(cls, conditions: TuneConditions, settings: Iterable[ServingSettings], cores: int) -> Curves | None:
+    def measured(cls, conditions: TuneConditions, settings: Iterable[ServingSettings], cores: int) -> "Curves | None":
         """Measures a curve for each kind of layout, in about ten seconds each; None if the target has none."""
         spec, path = conditions.spec, conditions.folder / "curve.json"
         plan = batching_of(spec, read_measured(spec.name, "onnxruntime"), conditions.precision)
@@ -72,7 +70,7 @@ class Curves:
         threads = settings.threads or max(1, self.cores // settings.instances)
         return min(settings.instances, max(1, self.cores // threads)), threads
 
-    def as_fast_as(self, settings: ServingSettings, throughput_rps: float, users: int) -> Curves:
+    def as_fast_as(self, settings: ServingSettings, throughput_rps: float, users: int) -> "Curves":
         """The same curves on a machine that answers `throughput_rps` requests/s to `users` users in a closed loop."""
         return replace(self, slower=self.slower * self.throughput_rps(settings, users) / throughput_rps)
 

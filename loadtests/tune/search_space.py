@@ -16,8 +16,6 @@ Example:
     SearchSpace.of(spec, "onnxruntime", cores=2).combined(default, sizes=[1, 2, 4, 8])
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -48,7 +46,7 @@ class ServingSettings(Table):
     """Only for the target `tensorrt`."""
 
     @classmethod
-    def of(cls, spec: DeploymentSpec, target: Target, cores: int) -> ServingSettings:
+    def of(cls, spec: DeploymentSpec, target: Target, cores: int) -> "ServingSettings":
         """The settings that `make engine` serves for a spec, on a machine with `cores`."""
         spec = spec.for_target(target)
         batching, plan = spec.batching, batching_of(spec, read_measured(spec.name, target))
@@ -102,7 +100,7 @@ class SearchSpace:
         delays_us: Values = None,
         instances: Values = None,
         threads: Values = None,
-    ) -> SearchSpace:
+    ) -> "SearchSpace":
         """The space for a target; InputError if a given value is out of range."""
         axis, most = spec.axes[BATCH], spec.for_target(target).max_served_batch
         _check("--max-batch", max_batch, axis.min, most)

@@ -12,8 +12,6 @@ Example:
     judge([1.9, 2.1, 2.0, 2.2, 1.8, 2.3, 1.9, 2.0, 2.1], nominal_level(0.05, 24))      # Interval(...), "better"
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal

@@ -13,8 +13,6 @@ Example:
     facts["conclusion"]
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field

@@ -12,8 +12,6 @@ Exit codes: 0 the search finished, with or without a gain; 2 bad input; 3 inconc
 limit, the default does not answer, or the time ran out before anything was compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

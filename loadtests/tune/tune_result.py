@@ -6,8 +6,6 @@ Example:
     TuneResult.load(tuning_path("recommender"), "recommender").best
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,7 +46,7 @@ class Compared(Table):
     note: str = ""
     """Why the comparison ended undecided."""
 
-    def judged(self, pairs: tuple[tuple[float, float], ...], level: float) -> Compared:
+    def judged(self, pairs: tuple[tuple[float, float], ...], level: float) -> "Compared":
         """The same comparison after these pairs, judged at a nominal level."""
         if len(pairs) < LEAST_PAIRS:
             return self.model_copy(update={"pairs": pairs})

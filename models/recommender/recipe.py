@@ -4,8 +4,6 @@ Contract: a step always has the same number of histories. If their logits would 
 catalogue is large, the step is split into several batches; for MovieLens it never is.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

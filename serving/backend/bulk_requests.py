@@ -14,8 +14,6 @@ A refusal begins with the words of Triton's own, from which clients know that th
 The memory that Triton shares with this process is small. So a request that waits is a copy (`Copy`).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

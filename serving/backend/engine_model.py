@@ -6,8 +6,6 @@ request: business logic scripting, Triton's name for a model that calls another.
 calls use a thread each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any

@@ -3,8 +3,6 @@
 Contract: the build copies this file beside the backend's model.py. It imports nothing of the project.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -13,8 +13,6 @@ To send strings, the stub calls `serialize_byte_tensor` of its module and asks t
 size. `_serialized` takes its place: it returns bytes of a type of its own, whose item size reads as 1 in both places.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -7,8 +7,6 @@ are allowed, `max_bytes`, `batch_tokens`, `pairs` if a row is two texts, `token_
 `prompts`: a request may name one as its parameter `prompt_name`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

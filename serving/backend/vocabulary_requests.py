@@ -8,8 +8,6 @@ with ids; `cut`, the outputs that end after `k` items; `most`, the largest k; `n
 A request has names or ids for each of the model's inputs. Empty names are padding. Only the history is required.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ mismatch, 1 a mismatch (with --strict also a warning), 2 no repository. --prefli
 container: it skips the Docker check and reads only the versions that Triton would load.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

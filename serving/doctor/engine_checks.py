@@ -4,8 +4,6 @@ Contract: `check_engine` compares one engine's manifest and configuration with a
 with one fix.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

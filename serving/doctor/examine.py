@@ -3,8 +3,6 @@
 Contract: reads each served version's `manifest.json` and files, and `config.pbtxt`; changes nothing.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

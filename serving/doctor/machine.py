@@ -4,8 +4,6 @@ Contract: `Machine` is plain data, so the doctor can check for another machine t
 one. An unknown fact is None, never a guess.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -50,7 +48,7 @@ class Machine:
     """Docker is not checked in a container: it is the host's."""
 
     @classmethod
-    def detect(cls, *, triton_tag: str | None = None, in_container: bool = False) -> Machine:
+    def detect(cls, *, triton_tag: str | None = None, in_container: bool = False) -> "Machine":
         """Detects this machine. The tag is the argument, $DEEPSEEK_TRITON_TAG, the container's own, or the default.
 
         Raises InputError for a tag that is not YY.MM.

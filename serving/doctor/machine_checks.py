@@ -3,8 +3,6 @@
 Contract: `machine_findings` checks all engines at once; each finding is one line with one fix.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from deepseek.spec.machine.triton_release import OLDEST, OLDEST_TAG, TRITON_TAG, WHY_OLDEST, parse_tag

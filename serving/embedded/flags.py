@@ -5,8 +5,6 @@ names. Behind a gateway Triton itself refuses everything but inference, metadata
 request carries the secret of `admin_key`, which the gateway strips.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

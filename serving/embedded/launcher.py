@@ -13,8 +13,6 @@ Example:
         print(server.grpc_url)
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys
@@ -128,7 +126,7 @@ class EmbeddedServer:
         """Warnings: models served unchecked, folders that are ignored, and what this machine lacks."""
         return [*(self._verified.notes if self._verified else []), *self._missing]
 
-    def __enter__(self) -> EmbeddedServer:
+    def __enter__(self) -> "EmbeddedServer":
         try:
             self.models = check_repository(self.repository)
             stubs = self._started()

@@ -4,8 +4,6 @@ Contract: calls a running server over HTTP with the admin key. A refused change 
 without an answer raises OSError.
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

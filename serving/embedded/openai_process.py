@@ -5,8 +5,6 @@ Contract: this process listens, and the routes inherit the socket. Callers wait 
 their answers (at most `OPENAI_DRAIN_S`), and also if this process is killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import subprocess
@@ -53,7 +51,7 @@ class OpenAIProcess:
         self._restarted_s: list[float] = []
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> OpenAIProcess:
+    def __enter__(self) -> "OpenAIProcess":
         try:
             self._start()
         except BaseException:

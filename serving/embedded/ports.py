@@ -5,8 +5,6 @@ as Triton does, listen on it, but does not give it out as a free port or to an o
 `ReservedPorts` could bind it too, so each port also takes a name among the abstract sockets.
 """
 
-from __future__ import annotations
-
 import errno
 import socket
 

@@ -4,8 +4,6 @@ Contract: `library` returns the one in the CPU image, or builds one under `$DEEP
 compiler (`$CC`, else `cc`) cannot build one that loads. docs/triton.md says what callers see without it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

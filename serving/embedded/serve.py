@@ -5,8 +5,6 @@ codes: the command's own, else 0; 1 the server ended by itself, or no version of
 Errors are one line.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -4,8 +4,6 @@ Contract: even if this process is killed, the server, its stubs, its scratch fol
 shell waits for this process to end and cleans up.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import fcntl

@@ -12,8 +12,6 @@ from a stub that Triton ended:
 Contract: Linux only; reads /proc of one server's children, and queries the server only after a death.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -40,7 +38,7 @@ class StubProcess:
     version: int
 
     @classmethod
-    def of(cls, arguments: list[str], models: Path) -> StubProcess | None:
+    def of(cls, arguments: list[str], models: Path) -> "StubProcess | None":
         """Parses a stub's command line; None if it is not a stub of a model below `models`."""
         try:
             model, version = Path(arguments[1]).relative_to(models).parts[:2]

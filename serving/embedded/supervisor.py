@@ -7,8 +7,6 @@ supervisor stops the server and `failure` says why; a container platform then re
 `CRASH_S` to write its stack trace. Each event is one line through `say`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import subprocess

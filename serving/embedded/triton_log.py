@@ -1,7 +1,5 @@
 """Copies and reads Triton's log: why a model did not load, and why the server ended, each in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import signal

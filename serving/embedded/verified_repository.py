@@ -5,8 +5,6 @@ system allows them, else symbolic links. A version in it stays until a better on
 as 0, with one warning. Models that `export.stages.publish` did not make are linked unchecked.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
@@ -51,7 +49,7 @@ class _Shown:
     files: Stamp
 
     @classmethod
-    def of(cls, choice: VersionChoice, stamp: Stamp) -> _Shown:
+    def of(cls, choice: VersionChoice, stamp: Stamp) -> "_Shown":
         assert choice.config is not None
         shown = {*map(str, choice.versions)}
 

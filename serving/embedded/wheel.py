@@ -4,8 +4,6 @@ Contract: only the wheel's files are used, not its Python API. `parts` finds the
 backend folder that `tritonserver` expects, `environment` points both to this interpreter and the wheel's libraries.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import re

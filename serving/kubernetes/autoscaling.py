@@ -3,8 +3,6 @@
 Contract: `scale_of` reads `build/<model>/scale.json` of each model; `autoscaler_patch` gives the text of one file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +46,7 @@ class ScaleChoice(BaseModel):
     """Target and precision of the server that the service curve was measured on; None if unknown."""
 
     @classmethod
-    def load(cls, path: Path) -> ScaleChoice | None:
+    def load(cls, path: Path) -> "ScaleChoice | None":
         """Reads the file; None if no setting met the SLO. Raises InputError for another kind of file."""
         try:
             found: Any = json.loads(path.read_text(encoding="utf-8"))

@@ -4,8 +4,6 @@ Contract: `write_loadtest` writes a folder for `kubectl apply -k`, with the mode
 as fit into a ConfigMap, and the authority of the gateway's certificate.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

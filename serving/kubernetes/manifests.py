@@ -3,8 +3,6 @@
 Contract: each function gives the text of one file for an `Overlay`; `serving.kubernetes.overlay` writes them.
 """
 
-from __future__ import annotations
-
 import textwrap
 from dataclasses import dataclass
 

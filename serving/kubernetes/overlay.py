@@ -6,8 +6,6 @@ periods, the gateway's limits, the autoscaler's targets and bounds, alerts, and 
 --models-url it also packs the repository into `models.tar.gz`, which the user uploads there. It writes no secrets.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

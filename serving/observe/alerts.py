@@ -7,8 +7,6 @@ jobs `triton`, `gateway` and `openai` at least twice a minute. A `Scope` limits 
 cluster's Prometheus may scrape other Tritons too.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Iterator

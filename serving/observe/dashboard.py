@@ -5,8 +5,6 @@ and the metrics of the gateway, Triton and the OpenAI routes. The rows of the GP
 models need them.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from deepseek.spec.metric_windows import QUEUES

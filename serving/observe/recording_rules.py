@@ -5,8 +5,6 @@ queues, batches and versions come from Triton's counters; `serving/backend/onnxr
 in `serving.observe.alerts` build on these rules.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Contract: after SIGTERM it takes no new connections and gives requests in flight
 takes nothing of its answer for SEND_S is disconnected, because answers count towards the memory of all requests.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import gc

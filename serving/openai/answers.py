@@ -1,7 +1,5 @@
 """The answers of the routes, as the OpenAPI document describes them; `embeddings.py` and `rerank.py` write them."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, RootModel

@@ -1,7 +1,5 @@
 """Answers `POST /v1/embeddings` and `POST /similarity` with the vectors of texts. Raises ApiError."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 

@@ -3,8 +3,6 @@
 Contract: each `ApiError` has the HTTP status; `api_errors` turns the errors of the client into ApiErrors.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ order of the list. A part that Triton's queue refuses is sent again until the de
 fails the whole list.
 """
 
-from __future__ import annotations
-
 import asyncio
 import random
 import time

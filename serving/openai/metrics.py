@@ -4,8 +4,6 @@ Contract: all counters start at 0 with the process. Labels have few values: decl
 Source of the format: https://prometheus.io/docs/instrumenting/exposition_formats, version 0.0.4.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The OpenAPI 3.1 document, from the declarations of the routes and of their fields."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Contract: static files that load nothing from another origin and call these routes only.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from aiohttp import web

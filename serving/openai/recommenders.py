@@ -3,8 +3,6 @@
 Contract: on the port of the page only; the gateway does not pass these paths on. Raises ApiError.
 """
 
-from __future__ import annotations
-
 import csv
 from contextlib import suppress
 from pathlib import Path

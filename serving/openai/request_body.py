@@ -9,8 +9,6 @@ Example:
         user: Annotated[str | None, Allowed("a string")] = None
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args

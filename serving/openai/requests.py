@@ -1,7 +1,5 @@
 """The bodies of the routes' requests: OpenAI's, and those of text-embeddings-inference."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -3,8 +3,6 @@
 Contract: the model takes pairs of texts (`pairs` under `[text]`) and has a score for each: a float output [batch, 1].
 """
 
-from __future__ import annotations
-
 import numpy as np
 import orjson
 

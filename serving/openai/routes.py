@@ -3,8 +3,6 @@
 Contract: every refusal has OpenAI's error shape. A call is cancelled when its caller disconnects.
 """
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import time

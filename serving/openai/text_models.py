@@ -4,8 +4,6 @@ Contract: a model is listed if it takes texts (`[text]`) and has a vector for ea
 or takes pairs and has a score for each. A score is a vector with one number.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +48,7 @@ class TextModel:
     """Parameters of the requests to Triton."""
 
     @classmethod
-    def of(cls, metadata: ModelMetadata) -> TextModel:
+    def of(cls, metadata: ModelMetadata) -> "TextModel":
         """Raises ApiError 404 if the model does not take texts, or has no vector or score for each."""
         if TEXT not in metadata.parameters:
             raise no_such_model(metadata.name, "takes no texts (no [text] in its deploy.toml)")
@@ -85,7 +83,7 @@ class TextModel:
             default_prompt=settings.get("default_prompt"),
         )
 
-    def for_bulk(self) -> TextModel:
+    def for_bulk(self) -> "TextModel":
         """The same for a bulk request: behind the others, in parts so short that these never wait long for one."""
         return replace(self, max_batch=self.preferred_batch or self.max_batch, parameters=BULK)
 

@@ -5,8 +5,6 @@ answers against the metadata, retries and balances, which costs several times th
 (docs/research/2026-11-openai-routes.md).
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Sequence
@@ -75,7 +73,7 @@ class TritonHttp:
         self._idle.append(connection)
         return answer
 
-    async def _opened(self, timeout_s: float) -> _Connection:
+    async def _opened(self, timeout_s: float) -> "_Connection":
         try:
             async with asyncio.timeout(timeout_s):
                 opening = asyncio.get_running_loop().create_connection(_Connection, self._host, int(self._port))

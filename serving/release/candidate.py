@@ -4,8 +4,6 @@ Contract: writes only to the release's folder. Each gate is a method that `Relea
 user, or raises what stops the release: GateFailed, InvalidMeasurement or InputError.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import shutil

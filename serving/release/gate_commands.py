@@ -4,8 +4,6 @@ Contract: a command's JSON becomes the result and its exit code the matching err
 if it is killed.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Contract: reads only, except `finish`, which writes a report beside the journal.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import asdict, dataclass

@@ -7,8 +7,6 @@ continues without a journal. Beside it are the steps' results (`doctor.json`, `p
 Only one release or rollback of a model runs at a time. `serving.release.history` reads the journal.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -6,8 +6,6 @@ the repository's newest version: otherwise it serves another repository, or does
 first version of a model.
 """
 
-from __future__ import annotations
-
 import argparse
 import socket
 import time
@@ -48,7 +46,7 @@ class LiveServer:
     """Why there is no server."""
 
     @classmethod
-    def find(cls, options: argparse.Namespace, newest: int | None) -> LiveServer:
+    def find(cls, options: argparse.Namespace, newest: int | None) -> "LiveServer":
         """Asks the server for its version; raises InputError if that is not the repository's `newest`."""
         if restart := needs_restart(options):
             return cls(options=options, version=None, absent=restart)

@@ -8,8 +8,6 @@ refuses the version, it is taken out again. Versions too old for a rollback are 
 `build/<model>/releases/` before the next begins (serving.release.journal); after a kill the old version keeps serving.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

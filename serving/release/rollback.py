@@ -9,8 +9,6 @@ does not stop a rollback: the withdrawn version is first hidden from servers by 
 folder if there is room. If the withdrawn version fails requests, only failures after the switch count.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from typing import Any

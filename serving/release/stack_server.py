@@ -1,7 +1,5 @@
 """The compose stack's Triton over a candidate: for engines that the embedded server cannot load."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from pathlib import Path
 

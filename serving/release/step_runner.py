@@ -1,7 +1,5 @@
 """Runs the steps of a release or rollback: each is recorded before and after, and printed as a line."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -6,8 +6,6 @@ before (`deepseek.spec.files.version_files`). On a full disk the error is one li
 version out needs no disk space. Handles only versions that `export.stages.publish` made.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Contract: `.tar.gz` with only the models' entries, sorted, without times and owners; `deepseek fetch` unpacks it.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import tarfile

@@ -5,8 +5,6 @@ embedded server all use these functions. A model without any `manifest.json` was
 it is reported as unchecked, and Triton decides whether it loads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 Contract: each finding is one line with one fix; `check_config` compares the configuration with the manifest.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

@@ -9,8 +9,6 @@ authority of the system or of $SSL_CERT_FILE. Failed connections are retried for
 Exit codes: 0 unpacked, 1 wrong archive or unreachable, 2 bad input.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import hashlib

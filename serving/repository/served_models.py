@@ -4,8 +4,6 @@ Contract: reads the repository and, if found, each model's `deploy.toml` for the
 Limits, memory, alerts and dashboard are all computed from these facts.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Contract: reads a model folder that `export.stages.publish` made. A version that
 as damaged. The embedded server serves this choice.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

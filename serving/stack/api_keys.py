@@ -7,8 +7,6 @@ not 256 random bits. The first use also creates a certificate authority for tryi
 (`serving.stack.certificate`).
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -7,8 +7,6 @@ put there are given to the stack's user, who owns the folder. The authority's ke
 folder is mounted in the gateway.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import re

@@ -4,8 +4,6 @@ Contract: `$DEEPSEEK_BUILD/gateway` has the certificate, keys and `limits.conf`;
 (results of load tests) and `stack.json`.
 """
 
-from __future__ import annotations
-
 import sys
 from contextlib import suppress
 from pathlib import Path

@@ -4,8 +4,6 @@ Contract: `limits` is the content of `limits.conf`, which the gateway reloads; `
 needs for these limits. Comments in the files show the arithmetic.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

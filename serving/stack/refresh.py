@@ -4,8 +4,6 @@ Contract: `make stack` writes them and records their sources in `stack.json`; `r
 rollback. Prometheus and Grafana can read their files under any umask.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 Contract: the Compose stack and Kubernetes use the same numbers.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ the env file (`serving.stack.write_env_file`), a certificate and `limits.conf` i
 `docker/observe/`. Engines that need a GPU get NVIDIA's Triton, all others the embedded one.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 Contract: lines that a user wrote stay below ours; comments in the file show the arithmetic.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

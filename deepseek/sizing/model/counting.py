@@ -5,8 +5,6 @@ traced `nn.Module` (`traced`), or an ONNX file (`onnx_graph`). Counts are in ele
 multiply-add counts as two FLOPs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol

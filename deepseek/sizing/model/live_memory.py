@@ -5,8 +5,6 @@ intercepts each operation, which is slow: use it for trials, not for training. I
 a kernel.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 from typing import Any

@@ -6,8 +6,6 @@ unless `axes` gives one by name. Quantized graphs (Q/DQ) count as the operations
 if the result of a product has no known shape; `uncounted` names products of which no shape is known.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache

@@ -18,8 +18,6 @@ Examples:
     training_memory(model, setup)
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -23,8 +23,6 @@ Example:
     batching_of(spec.for_target("onnxruntime"), read_measured(spec.name, "onnxruntime")).preferred_batch      # 4
 """
 
-from __future__ import annotations
-
 import math
 
 from deepseek.spec.deployment import DeploymentSpec

@@ -4,8 +4,6 @@ Contract: scratch folders and locks are released when their process ends, even i
 folder itself: it leaves no lock file behind, and a reused process number cannot confuse it.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Tags of the images that a clone builds: an updated clone never runs an image of the code that it had before."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator

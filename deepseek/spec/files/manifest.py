@@ -1,7 +1,5 @@
 """`manifest.json`, which lies beside each artifact and describes it."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,7 +23,7 @@ class FileDigest(Table):
     size_bytes: int = Field(ge=0)
 
     @classmethod
-    def of(cls, path: Path) -> FileDigest:
+    def of(cls, path: Path) -> "FileDigest":
         """Reads the whole file."""
         with path.open("rb") as file:
             return cls(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size_bytes=file.tell())
@@ -75,7 +73,7 @@ class PublishedManifest(Manifest):
     """Batching and queue, where each value comes from, and the measurement; None in versions of earlier releases."""
 
     @model_validator(mode="after")
-    def _has_a_profile(self) -> PublishedManifest:
+    def _has_a_profile(self) -> "PublishedManifest":
         for tensor in (*self.inputs.values(), *self.outputs.values()):
             for dim in tensor.shape:
                 if isinstance(dim, str) and self.axes.get(dim, {}).keys() != {"min", "opt", "max"}:

@@ -5,8 +5,6 @@ makes a `BatchingPlan` of it, which `publish` stores in the version's manifest. 
 change of the arithmetic in `batching_plan` leaves manifests and graphs as they are.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

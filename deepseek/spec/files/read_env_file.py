@@ -3,8 +3,6 @@
 The doctor reads it too, inside the images, which have only a few packages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import socket

@@ -4,8 +4,6 @@ Contract: reads only; `serving.release.journal` writes the records. An incomplet
 is ignored.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import suppress

@@ -4,8 +4,6 @@ Contract: version numbers are those that Triton sees, newest first. Publish, rel
 functions.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

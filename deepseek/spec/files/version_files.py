@@ -6,8 +6,6 @@ configuration (`deepseek.spec.files.repository.config_path`). On a full disk the
 behind. The caller holds the lock of the repository.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os

@@ -1,7 +1,5 @@
 """This machine's memory, and its CPU: the model, the cores to use, and whether it is fast at int8."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -7,8 +7,6 @@ Example:
     [gpu.compute_capability for gpu in gpus()]      # ["9.0", "7.5"]
 """
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The limit of open files, which a server needs one or more of for each connection."""
 
-from __future__ import annotations
-
 import resource
 
 MOST = 65_536  # not unlimited: some programs walk all of them

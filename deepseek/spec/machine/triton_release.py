@@ -1,7 +1,5 @@
 """The release (YY.MM) of NVIDIA's containers: Triton's, and TensorRT's with the same tag."""
 
-from __future__ import annotations
-
 import re
 
 from deepseek.spec.command import InputError

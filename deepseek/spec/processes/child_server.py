@@ -9,8 +9,6 @@ Example:
         server.grpc_url      # 127.0.0.1:45123
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

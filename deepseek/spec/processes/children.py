@@ -1,7 +1,5 @@
 """Child processes: tied to this process, even if it is killed; their environment, free ports, last words."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

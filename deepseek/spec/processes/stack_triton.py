@@ -4,8 +4,6 @@ Contract: a template for `deepseek.spec.processes.child_server`. It reads the en
 scripts in the current folder. Only `triton` is started; its ports are on loopback.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

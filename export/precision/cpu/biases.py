@@ -5,8 +5,6 @@ One step of a bias is the scale of the activation times that of the weights. Whe
 and adds a wrong bias in a convolution. Where all are 0, ModelOpt's scale is 1, and the bias has too few steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ ONNX Runtime runs a convolution in 8 bits only between two pairs, and a product 
 it computes in fp32 and dequantizes the weights at every call, which is slower than the fp32 graph.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

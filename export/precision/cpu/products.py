@@ -4,8 +4,6 @@ ONNX Runtime runs a product with a bias in 8 bits only as a Gemm with a bias of 
 Gemm in fp32 and dequantizes the weights at every call, which is slower than the fp32 graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Contract: with TLS it uses the client's connections. `send` makes one attempt an
 the client's. For processes that gevent has patched, such as Locust's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 

@@ -17,8 +17,6 @@ Example:
     answer_of(call)
 """
 
-from __future__ import annotations
-
 import struct
 import urllib.parse
 from collections import deque

@@ -5,8 +5,6 @@ one after a failure or GOAWAY. A call waits only for its answer, within its dead
 the server has not processed.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time
@@ -93,7 +91,7 @@ class GreenChannel:
         if self._connection is not None:
             self._connection.close("the client was closed")
 
-    def _connected(self, ends_at: float) -> _Connection:
+    def _connected(self, ends_at: float) -> "_Connection":
         if (known := self._connection) is not None and known.usable:
             return known
         if not self._opening.acquire(timeout=max(0.0, ends_at - time.monotonic())):

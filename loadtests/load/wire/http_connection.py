@@ -5,8 +5,6 @@ has arrived, then create a time-out object and wait, which is a large part of th
 connection waits at once, with a timer of gevent's loop for the deadline.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 
@@ -34,7 +32,7 @@ class GreenConnection:
         self._socket = native(opened)
 
     @classmethod
-    async def open(cls, host: str, port: int, deadline: Deadline, cancel: Cancel | None = None) -> GreenConnection:
+    async def open(cls, host: str, port: int, deadline: Deadline, cancel: Cancel | None = None) -> "GreenConnection":
         """Connects; ignores `cancel`, since the load generator does not hedge requests."""
         return cls(connected(host, port, deadline))
 

@@ -3,8 +3,6 @@
 Contract: a client whose `send` makes one attempt. `prepare` takes a row of texts and needs no metadata of the server.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

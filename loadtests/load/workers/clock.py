@@ -3,8 +3,6 @@
 Contract: times are those of `time.perf_counter()`; other greenlets run during a wait.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from contextlib import suppress

@@ -8,8 +8,6 @@ The wall clock decides nothing. The workers of this machine share its monotonic 
 other machines count the seconds to the start from the arrival of the message, so they start later by its travel time.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -5,8 +5,6 @@ of the record. A second is handed on when few of its requests are open; late one
 are summed. So memory does not grow with the length of a run.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ and encoded once. Over gRPC at most MOST_STREAMS greenlets share a connection, s
 the client, where nothing measures it. Runs in a process that gevent has patched.
 """
 
-from __future__ import annotations
-
 import errno
 import heapq
 import math
@@ -127,7 +125,7 @@ class ModelSender:
         self._senders += 1
         return self._clients[-1]
 
-    def planned(self, worker: int, workers: int) -> Iterator[tuple[float, int, ModelSender]]:
+    def planned(self, worker: int, workers: int) -> "Iterator[tuple[float, int, ModelSender]]":
         """A worker's share of the schedule: planned time, number of the input, this sender."""
         for number, planned_s in zip(count(worker, workers), share_of(self._times_s, worker, workers), strict=False):
             yield planned_s, number, self

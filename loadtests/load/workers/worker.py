@@ -3,8 +3,6 @@
 Runs in a process that gevent has patched, such as Locust's.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable, Sequence

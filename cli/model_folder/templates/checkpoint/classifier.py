@@ -3,8 +3,6 @@
 `samples` stands in texts.py. For a metric of your own, add `evaluate(predict)` and name it in deploy.toml.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

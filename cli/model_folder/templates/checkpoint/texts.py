@@ -4,8 +4,6 @@ A line of texts.tsv is a short text, a tab and a longer one; a model of single t
 lines are for calibration, even ones for evaluation. Empty lines do not count.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

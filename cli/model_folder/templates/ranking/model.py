@@ -1,7 +1,5 @@
 """A two-tower ranker. Replace the module, the weights and the requests with yours; keep the names of the functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A text encoder. Replace the module, the weights and the texts with yours; keep the names of the functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np
