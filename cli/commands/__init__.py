@@ -9,10 +9,10 @@
            "loadtest",
            "loadtests.load.loadtest",
            "measure a running server; leaves a folder in build/<model>/loadtests/",
-           options=(*MODEL, *SERVER, Option("--rate", "requests/s, open loop", kind=float), JSON),
+           options=(*shared.MODEL, *shared.SERVER, Option("--rate", "requests/s, open loop", kind=float), shared.JSON),
            examples=("deepseek loadtest --rate 200", "deepseek loadtest --shape 50x30,50-200x60"),
        )
-   Options that several commands share stand in `shared_options.py`. Every option is also the variable
+   Options that several commands share stand in `shared_options.py`, here `shared`. Every option is also the variable
    DEEPSEEK_<FLAG>, and `make <name> <FLAG>=...` sets it.
 3. These files import nothing but `cli`, `deepseek.precisions` and `deepseek.targets`, so that help stays instant.
 4. A test calls `run_module("cli", "loadtest", "--rate", "5")`, or `main(values_of("loadtest", "--rate", "5"))` of the

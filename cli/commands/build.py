@@ -1,17 +1,6 @@
 """Commands that build: from weights to the model repository."""
 
-from cli.commands.shared_options import (
-    BUILD,
-    CACHE,
-    CACHE_GIB,
-    ENV_FILE,
-    JSON,
-    MODEL,
-    MODELS,
-    REPOSITORY,
-    STACK,
-    TRITON_TAG,
-)
+from cli.commands import shared_options as shared
 from cli.options import Number, Option, folder_name, path, path_text, switch
 from cli.table import Command
 from deepseek.precisions import CHOICES, PRECISIONS, REDUCED
@@ -22,8 +11,8 @@ TUNED = Option("--tuned", "file of tuned values (default: the one that deploy.to
 PRUNED = Number("a number above 0, up to 0.99,", least=0, most=0.99, inclusive=False)
 CANDIDATE = Option("--candidate", "one of several: if it fails to build, record why and exit 0", kind=switch)
 BUILD_OPTIONS = (
-    *MODEL,
-    REPOSITORY,
+    *shared.MODEL,
+    shared.REPOSITORY,
     Option("--precision", "precision to serve; auto: the fastest inside the budget", choices=CHOICES, default="auto"),
     Option("--target", "what runs the model; auto: TensorRT if possible", choices=("auto", *TARGETS), default="auto"),
     Option("--prune", "share of heads and channels to prune, such as 0.25 (default: none)", kind=PRUNED),
@@ -33,10 +22,10 @@ BUILD_OPTIONS = (
         kind=path_text,
         exported=True,
     ),
-    TRITON_TAG,
+    shared.TRITON_TAG,
     Option("--native", "build TensorRT engines with this machine's TensorRT, not in NVIDIA's container", kind=switch),
-    CACHE,
-    CACHE_GIB,
+    shared.CACHE,
+    shared.CACHE_GIB,
 )
 """Commands that build."""
 
@@ -54,7 +43,7 @@ ROWS = (
                 kind=switch,
                 variable="",
             ),
-            *STACK,
+            *shared.STACK,
         ),
         examples=(
             "deepseek engine",
@@ -67,14 +56,14 @@ ROWS = (
         "clean",
         "export.clean",
         "remove what was built for a model; keep your own lines in the env file, and the stack's name and ports",
-        options=(*MODEL, REPOSITORY, ENV_FILE),
+        options=(*shared.MODEL, shared.REPOSITORY, shared.ENV_FILE),
         examples=("deepseek clean --model minilm",),
     ),
     Command(
         "distclean",
         "export.clean:everything",
         "remove all that was built, and all models of the repository; make distclean removes the environment too",
-        options=(BUILD, REPOSITORY, ENV_FILE),
+        options=(shared.BUILD, shared.REPOSITORY, shared.ENV_FILE),
         examples=("deepseek distclean",),
     ),
     Command(
@@ -83,11 +72,11 @@ ROWS = (
         "build every precision of every model with TensorRT for RTX, no GPU needed",
         options=(
             Option("--model", "only this model; repeat (default: all in --models)", kind=folder_name, repeat=True),
-            MODELS,
-            BUILD,
+            shared.MODELS,
+            shared.BUILD,
             Option("--precision", "only this one; repeat (default: all)", choices=CHOICES, repeat=True),
             Option("--no-build", "check existing graphs; build none", kind=switch),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek check-engine", "deepseek check-engine --model recommender --precision int8 --json"),
     ),
@@ -95,7 +84,7 @@ ROWS = (
         "clean-cache",
         "export.cache:clear",
         "remove all artifacts from the shared cache",
-        options=(CACHE,),
+        options=(shared.CACHE,),
         examples=("deepseek clean-cache",),
     ),
 )
@@ -104,7 +93,7 @@ STAGES = (
         "train",
         "export.stages.train",
         "train the model, or take its weights from the cache",
-        options=(*MODEL, JSON),
+        options=(*shared.MODEL, shared.JSON),
         examples=("deepseek train", "deepseek train --models /some/dir --model other"),
     ),
     Command(
@@ -112,9 +101,9 @@ STAGES = (
         "export.stages.prune",
         "remove attention heads and channels, then fine-tune",
         options=(
-            *MODEL,
+            *shared.MODEL,
             Option("--ratio", "share of the heads, and of the removable channels", kind=PRUNED, default=0.25),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek prune --ratio 0.2", "deepseek prune --models tests/models --model image --json"),
     ),
@@ -122,7 +111,7 @@ STAGES = (
         "to-onnx",
         "export.stages.to_onnx",
         "export PyTorch to the fp32 ONNX graph",
-        options=(*MODEL, JSON),
+        options=(*shared.MODEL, shared.JSON),
         examples=("deepseek to-onnx", "deepseek to-onnx --models /some/dir --model other --json"),
     ),
     Command(
@@ -130,7 +119,7 @@ STAGES = (
         "export.stages.quantize",
         "write fp16, int8 or fp8 into the graph",
         options=(
-            *MODEL,
+            *shared.MODEL,
             Option("--precision", "precision of the new graph", choices=REDUCED, required=True),
             Option("--calibration-data", "real inputs (default: build/<name>/calibration.npz)", kind=path_text),
             Option(
@@ -140,7 +129,7 @@ STAGES = (
                 default="onnxruntime",
             ),
             CANDIDATE,
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek quantize --precision int8",
@@ -152,11 +141,11 @@ STAGES = (
         "export.stages.to_tensorrt",
         "compile an ONNX graph to a TensorRT engine",
         options=(
-            *MODEL,
+            *shared.MODEL,
             Option("--precision", "precision of the graph", choices=tuple(PRECISIONS), required=True),
             Option("--target", "what runs the engine", choices=("tensorrt", "tensorrt_rtx"), default="tensorrt"),
             CANDIDATE,
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek to-tensorrt --precision fp16 --target tensorrt_rtx",
@@ -167,7 +156,7 @@ STAGES = (
         "to-torchscript",
         "export.stages.to_torchscript",
         "export PyTorch to TorchScript",
-        options=(*MODEL, JSON),
+        options=(*shared.MODEL, shared.JSON),
         examples=("deepseek to-torchscript", "deepseek to-torchscript --models /some/dir --model other --json"),
     ),
     Command(
@@ -175,10 +164,10 @@ STAGES = (
         "export.stages.select_precision",
         "compare every precision with fp32 and choose one",
         options=(
-            *MODEL,
+            *shared.MODEL,
             Option("--target", "what runs the model", choices=tuple(TARGETS), default="onnxruntime"),
             Option("--precision", "judge this one only; auto: all candidates", choices=CHOICES, default="auto"),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek select-precision", "deepseek select-precision --precision int8 --json"),
     ),
@@ -187,12 +176,12 @@ STAGES = (
         "export.stages.measure_batches",
         "measure how long batches take here, from which batching and queue follow",
         options=(
-            *MODEL,
+            *shared.MODEL,
             Option("--target", "what runs the model", choices=("onnxruntime",), default="onnxruntime"),
             Option("--precision", "precision to measure (default: the chosen one)", choices=tuple(PRECISIONS)),
             TUNED,
             Option("--output", "file to write (default: build/<model>/batches-<target>.json)", kind=path),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek measure-batches", "deepseek measure-batches --model minilm --json"),
     ),
@@ -201,14 +190,14 @@ STAGES = (
         "export.stages.publish",
         "publish the chosen precision to the model repository",
         options=(
-            *MODEL,
+            *shared.MODEL,
             Option("--target", "what runs the model", choices=PUBLISHABLE, default="onnxruntime"),
             Option("--precision", "precision to publish (default: the chosen one)", choices=tuple(PRECISIONS)),
-            REPOSITORY,
+            shared.REPOSITORY,
             TUNED,
             Option("--if-changed", "publish only if something differs from the latest version", kind=switch),
             ANYWAY,
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek publish",
@@ -223,8 +212,8 @@ INTERNAL = (
         "run a stage in NVIDIA's TensorRT container",
         options=(
             Option("--tag", "release of NVIDIA's containers, YY.MM (default: the one this project is tested with)"),
-            MODELS,
-            BUILD,
+            shared.MODELS,
+            shared.BUILD,
             Option("command", "command of deepseek and its flags, after --", rest=True),
         ),
         examples=(

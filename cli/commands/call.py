@@ -1,6 +1,6 @@
 """Commands that send single requests."""
 
-from cli.commands.shared_options import JSON, MODEL, REPOSITORY, SERVER
+from cli.commands import shared_options as shared
 from cli.options import Option, at_least, path
 from cli.table import Command
 
@@ -10,9 +10,9 @@ ROWS = (
         "cli.call:infer",
         "send a real sample, a text or names of items to the server and show the answer",
         options=(
-            *MODEL,
-            REPOSITORY,
-            *SERVER,
+            *shared.MODEL,
+            shared.REPOSITORY,
+            *shared.SERVER,
             Option("--row", "which sample of the inputs is sent, from 0", kind=int, default=0),
             Option("--inputs", "file of inputs, .npz or .json (default: build/<model>/evaluation.npz)", kind=path),
             Option("--text", "text to send, for a model with [text]", from_make_line_only=True),
@@ -28,7 +28,7 @@ ROWS = (
             Option("--k", "how many items to answer", kind=at_least(1), from_make_line_only=True),
             Option("--top", "values to show of each output", kind=int, default=10),
             Option("--output", "write the whole answer to this .npz file", kind=path),
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek infer",
@@ -44,10 +44,10 @@ ROWS = (
         "cli.call:metadata",
         "show the inputs, outputs and versions that the server reports",
         options=(
-            *MODEL,
-            *SERVER,
+            *shared.MODEL,
+            *shared.SERVER,
             Option("--timeout-s", "longest wait for the answer", kind=float, default=10.0, variable=""),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek metadata", "deepseek metadata --model minilm --json"),
     ),
@@ -56,13 +56,13 @@ ROWS = (
         "export.checks.parity",
         "compare the answers over HTTP and gRPC with fp32 PyTorch",
         options=(
-            *MODEL,
-            *SERVER,
+            *shared.MODEL,
+            *shared.SERVER,
             Option("--http-url", "host:port of HTTP (default: --url through a gateway, else its host and --http-port)"),
             Option("--timeout-s", "deadline of a request", kind=float, default=120.0),
             Option("--rows", "most evaluation rows (default: all)", kind=at_least(1), variable=""),
             Option("--base-url", "gRPC of another version with [vocabulary]: its metric on these rows", variable=""),
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek parity --model recommender",

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from cli.commands import build, call, measure, serve
-from cli.commands.shared_options import BUILD, JSON, MODEL, MODELS, TRITON_TAG
+from cli.commands import shared_options as shared
 from cli.options import Option, at_least, folder_name, path
 from cli.table import Command
 
@@ -51,7 +51,11 @@ INTERNAL = (
         "gpu-baselines",
         "export.checks.gpu_baselines",
         "time a model on the GPU with PyTorch, torch.compile and ONNX Runtime",
-        options=(*MODEL, Option("--runs", "runs of each", kind=at_least(1), default=100, variable=""), JSON),
+        options=(
+            *shared.MODEL,
+            Option("--runs", "runs of each", kind=at_least(1), default=100, variable=""),
+            shared.JSON,
+        ),
         examples=("deepseek gpu-baselines --model minilm",),
     ),
 )
@@ -62,11 +66,11 @@ MEASURE = (
         "on a GPU host: build, prove, serve and measure everything that needs a GPU, and write a report",
         options=(
             Option("--model", "only this model; repeat (default: recommender, minilm)", kind=folder_name, repeat=True),
-            MODELS,
-            BUILD,
-            TRITON_TAG,
+            shared.MODELS,
+            shared.BUILD,
+            shared.TRITON_TAG,
             Option("--output", "folder of the report (default: gpu-check/ in --build)", kind=path, variable=""),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek gpu-check", "deepseek gpu-check --model recommender --json"),
         notes="Exit codes: 0 all steps passed, 1 a step failed, 3 some skipped or inconclusive. docs/gpu-check.md",

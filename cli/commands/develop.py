@@ -1,6 +1,6 @@
 """Commands for work on this repository itself."""
 
-from cli.commands.shared_options import BUILD, JSON
+from cli.commands import shared_options as shared
 from cli.options import Option, at_least, switch
 from cli.table import Command
 
@@ -37,7 +37,7 @@ ROWS = (
         "docs",
         "cli.develop:docs",
         "build the documentation site",
-        options=(BUILD,),
+        options=(shared.BUILD,),
         examples=("deepseek docs",),
     ),
     Command(
@@ -90,7 +90,7 @@ ROWS = (
             Option("--duration-s", "seconds of the soak", kind=at_least(60), default=1800),
             Option("--overload-s", "seconds of the overload", kind=at_least(5), default=60),
             Option("--requests", "malformed requests", kind=at_least(2), default=10_000),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek measure-failure --duration-s 600", "deepseek measure-failure --only overload --json"),
         notes="Exit codes: 0 all requirements hold, 1 one does not, 2 a model is not built, 3 one was not measured.",
@@ -123,7 +123,7 @@ ROWS = (
         "lock",
         "cli.develop:lock",
         "update requirements.lock and tests/checkov.lock to what pyproject.toml allows",
-        options=(BUILD,),
+        options=(shared.BUILD,),
         examples=("deepseek lock",),
     ),
 )

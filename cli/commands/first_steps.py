@@ -1,6 +1,6 @@
 """Commands for somebody who starts."""
 
-from cli.commands.shared_options import MODELS
+from cli.commands import shared_options as shared
 from cli.environment import NEEDS
 from cli.options import Option, folder_name, path
 from cli.table import Command
@@ -25,7 +25,7 @@ ROWS = (
         options=(
             Option("name", "name of the model", kind=folder_name, required=True, from_make_line_only=True),
             Option("--from", "kind of model", choices=("vision", "text", "ranking"), default="vision"),
-            MODELS,
+            shared.MODELS,
         ),
         examples=(
             "deepseek new shop --from ranking",
@@ -42,7 +42,7 @@ ROWS = (
             Option("folder", "folder of the checkpoint, with config.json", kind=path, required=True),
             Option("--name", "name of the model (default: the folder's)", kind=folder_name, from_make_line_only=True),
             Option("--task", "what the model does; auto: what its architecture says", choices=_TASKS, default="auto"),
-            MODELS,
+            shared.MODELS,
         ),
         examples=(
             "deepseek import all-MiniLM-L6-v2",

@@ -1,6 +1,6 @@
 """Commands of the library that other commands, images and scripts call."""
 
-from cli.commands.shared_options import JSON, MODEL
+from cli.commands import shared_options as shared
 from cli.options import Option, path, switch
 from cli.table import Command
 
@@ -11,9 +11,9 @@ ROWS = (
         "check a deploy.toml and show what it says, or list all its keys",
         options=(
             Option("path", "deploy.toml or a model folder (default: that of --model)", kind=path, variable=""),
-            *MODEL,
+            *shared.MODEL,
             Option("--keys", "list all keys that a deploy.toml may have", kind=switch),
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek spec models/recommender",

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from cli.commands.shared_options import BUILD, JSON, MODELS
+from cli.commands import shared_options as shared
 from cli.options import Number, Option, folder_name, path, switch
 from cli.table import Command
 from deepseek.precisions import BITS
@@ -19,8 +19,8 @@ def _model(values: Namespace) -> str | None:
 
 _MODEL = (
     Option("--model", "model folder whose graph is built (default: recommender)", kind=folder_name, default=_model),
-    MODELS,
-    BUILD,
+    shared.MODELS,
+    shared.BUILD,
     Option("--onnx", "plan this ONNX file", kind=path),
     Option("--axis", "size of an open axis of the ONNX file", repeat=True, metavar="NAME=SIZE"),
     Option("--preset", "plan a well-known shape", choices=("bert-base", "bert-large", "gpt2-xl", "gpt3-175b")),
@@ -58,7 +58,7 @@ _DEVICES = (
     Option("--device", "only this device; may be repeated", repeat=True),
     Option("--disk-mb-s", "sequential bandwidth of the disk, MB/s", kind=AMOUNT, default=500.0),
     Option("--measure", "measure this machine first, and an ONNX graph on it", kind=switch),
-    JSON,
+    shared.JSON,
 )
 
 ROWS = (

@@ -2,20 +2,7 @@
 
 from dataclasses import replace
 
-from cli.commands.shared_options import (
-    ARRIVALS,
-    ENV_FILE,
-    JSON,
-    MODEL,
-    OPENAI_PORT,
-    PRIORITY,
-    PROTOCOL,
-    REPOSITORY,
-    SERVER,
-    TARGET,
-    TLS,
-    WORKERS,
-)
+from cli.commands import shared_options as shared
 from cli.options import NOT_NEGATIVE, POSITIVE, Number, Option, at_least, path, path_text, switch
 from cli.table import Command
 from deepseek.precisions import CHOICES
@@ -54,7 +41,7 @@ NAMES = Option(
 )
 ROUTE = (
     Option("--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs; [HOST:PORT]/PATH"),
-    OPENAI_PORT,
+    shared.OPENAI_PORT,
 )
 LOCAL_ROUTE = Option(
     "--route", "OpenAI route to call: /v1/embeddings, or /rerank with pairs", choices=("/v1/embeddings", "/rerank")
@@ -81,10 +68,10 @@ CAPACITY = Command(
     "loadtests.search.capacity",
     "find the highest rate that meets every objective of the SLO",
     options=(
-        *MODEL,
-        TARGET,
-        *SERVER,
-        TLS,
+        *shared.MODEL,
+        shared.TARGET,
+        *shared.SERVER,
+        shared.TLS,
         Option(
             "--duration-s",
             "seconds of a confirming run; other trials take a third; longer if samples are too few",
@@ -97,13 +84,13 @@ CAPACITY = Command(
         Option("--start-rps", "first rate to try (default: the SLO's lowest)", kind=POSITIVE, variable="RATE"),
         Option("--max-trials", "most trials", kind=at_least(1), default=30),
         MAX_S,
-        ARRIVALS,
-        WORKERS,
-        PRIORITY,
+        shared.ARRIVALS,
+        shared.WORKERS,
+        shared.PRIORITY,
         Option("--max-in-flight", "most unanswered requests of a worker (default: as needed)", kind=at_least(1)),
         INPUTS,
         NAMES,
-        JSON,
+        shared.JSON,
     ),
     examples=(
         "deepseek capacity  # gRPC at 127.0.0.1:8001",
@@ -118,28 +105,28 @@ REGRESSION = Command(
     "loadtests.regression.regression",
     "test whether a version or model is slower than a baseline",
     options=(
-        *MODEL,
-        TARGET,
+        *shared.MODEL,
+        shared.TARGET,
         Option("--base", "baseline: repository, <model>/<version> or folder of runs", kind=path_text, required=True),
         Option("--new", "candidate: repository, <model>/<version> or folder of runs", kind=path_text, required=True),
-        REPOSITORY,
-        PROTOCOL,
+        shared.REPOSITORY,
+        shared.PROTOCOL,
         LOCAL_ROUTE,
         Option("--rate", "requests/s to compare at (default: the SLO's, or 70 % of the capacity)", kind=RATE),
         Option("--pairs", "pairs of runs", kind=at_least(8), default=10),
         DURATION_S,
         _warmup(2.0),
         TIMEOUT_S,
-        PRIORITY,
+        shared.PRIORITY,
         MAX_S,
         Option("--threshold", "per cent by which p50 may get worse", kind=POSITIVE, default=5.0),
         Option("--threshold-p99", "per cent by which p99 may get worse", kind=POSITIVE, default=10.0),
         Option("--no-capacity", "compare only latencies, in half the time", kind=switch),
         INPUTS,
         SERVER_COMMAND,
-        ENV_FILE,
+        shared.ENV_FILE,
         Option("--output", "Markdown file (default: build/<model>/regression.md)", kind=path),
-        JSON,
+        shared.JSON,
     ),
     examples=(
         "deepseek regression --base recommender/1 --new recommender/2",
@@ -153,12 +140,12 @@ TUNE = Command(
     "loadtests.tune.tune",
     "find the best batch size, queue delay, instances and threads for the SLO",
     options=(
-        *MODEL,
-        TARGET,
+        *shared.MODEL,
+        shared.TARGET,
         Option("--precision", "precision to tune for", choices=CHOICES, default="auto", variable=""),
-        PROTOCOL,
+        shared.PROTOCOL,
         LOCAL_ROUTE,
-        PRIORITY,
+        shared.PRIORITY,
         replace(MAX_S, default=600.0),
         Option("--pairs", "most pairs of runs of a comparison", kind=TUNE_PAIRS, default=24),
         Option("--least-s", "least seconds of a run", kind=Number("1 or more", least=1), default=5.0),
@@ -169,10 +156,10 @@ TUNE = Command(
         _tried("--instances", "instance counts to try"),
         _tried("--threads", "threads of an instance to try"),
         SERVER_COMMAND,
-        ENV_FILE,
+        shared.ENV_FILE,
         INPUTS,
         Option("--dry-run", "write no tuned values", kind=switch),
-        JSON,
+        shared.JSON,
     ),
     examples=(
         "deepseek tune  # the recommender, within ten minutes",
@@ -187,7 +174,7 @@ SIMULATE_SCALE = Command(
     "loadtests.scale.simulate_scale",
     "simulate a day under the autoscaler and choose its target and minReplicas",
     options=(
-        *MODEL,
+        *shared.MODEL,
         Option("--capacity", "file that deepseek capacity wrote (default: the model's)", kind=path, variable=""),
         Option("--traffic", "day, spike, launch, flat, or a CSV file: seconds,rate_rps", kind=path_text, default="day"),
         Option("--peak-rps", "peak of the shape (default: five times the capacity)", kind=POSITIVE),
@@ -209,7 +196,7 @@ SIMULATE_SCALE = Command(
         Option("--node-start-s", "seconds until a new node is ready", kind=NOT_NEGATIVE, default=120.0),
         Option("--node-idle-s", "seconds that an empty node is kept", kind=NOT_NEGATIVE, default=600.0),
         Option("--pods-per-node", "pods that fit onto a node", kind=at_least(1), default=4),
-        JSON,
+        shared.JSON,
     ),
     examples=(
         "deepseek simulate-scale  # a day with a peak of five servers",

@@ -1,24 +1,6 @@
 """Commands that serve a repository and release new versions."""
 
-from cli.commands.shared_options import (
-    BUILD,
-    ENV_FILE,
-    GRPC_PORT,
-    HOSTS,
-    HTTP_PORT,
-    JSON,
-    METRICS_PORT,
-    MODEL,
-    MODELS,
-    OPENAI_PORT,
-    REPOSITORY,
-    SERVER,
-    SHADOW_REQUESTS,
-    STACK,
-    SWITCH_RATE,
-    TARGET,
-    TRITON_TAG,
-)
+from cli.commands import shared_options as shared
 from cli.options import POSITIVE, Number, Option, at_least, folder_name, path, path_text, switch
 from cli.table import Command
 
@@ -27,9 +9,9 @@ DAYS = Number("a number above 0, up to 36500,", least=0, most=36_500, inclusive=
 RUNBOOK = Option("--runbook", "where alerts link to", default="docs/runbook.md")
 LISTEN = (
     Option("--address", "address to listen on", default="127.0.0.1", variable=""),
-    HTTP_PORT,
-    GRPC_PORT,
-    METRICS_PORT,
+    shared.HTTP_PORT,
+    shared.GRPC_PORT,
+    shared.METRICS_PORT,
     Option("--behind-gateway", "allow only inference, metadata and readiness", kind=switch, variable=""),
     Option("--exit-timeout-s", "longest wait for requests in flight when stopping", kind=at_least(1), variable=""),
     Option("--trace-url", "OpenTelemetry collector that gets spans (default: none)", default=""),
@@ -37,15 +19,15 @@ LISTEN = (
 )
 """Options of the embedded server and of the flags for NVIDIA's server."""
 LIVE = (
-    *SERVER,
+    *shared.SERVER,
     Option(
         "--load-rate",
         "requests/s during the switch (default: the SLO's, 200 at most)",
-        kind=SWITCH_RATE,
+        kind=shared.SWITCH_RATE,
         variable="",
     ),
     Option("--switch-s", "longest wait for the server to switch", kind=POSITIVE, default=60.0, variable=""),
-    ENV_FILE,
+    shared.ENV_FILE,
 )
 """Options for the server that callers use while its version changes."""
 
@@ -54,20 +36,20 @@ RELEASE = Command(
     "serving.release.release",
     "take a new version through every gate and switch to it under load",
     options=(
-        *MODEL,
-        REPOSITORY,
+        *shared.MODEL,
+        shared.REPOSITORY,
         Option("--new", "repository whose newest version is released (default: what was built)", kind=path_text),
         Option("--new-build", "folder that --new was built in: weights, inputs (default: --build)", kind=path_text),
-        TARGET,
+        shared.TARGET,
         *LIVE,
         Option("--rate", "requests/s of the objectives (default: each that the SLO names)", kind=POSITIVE),
         Option("--duration-s", "seconds of the objectives' load test, at least", kind=at_least(1), default=30),
-        Option("--requests", "requests of the shadow load", kind=SHADOW_REQUESTS, default=1000, variable=""),
+        Option("--requests", "requests of the shadow load", kind=shared.SHADOW_REQUESTS, default=1000, variable=""),
         Option("--threshold", "per cent by which p50 may rise", kind=POSITIVE, default=10.0, variable=""),
         Option("--parity-rows", "most evaluation rows of parity (default: all)", kind=at_least(1), variable=""),
         Option("--start-timeout-s", "longest wait for the candidate to start", kind=POSITIVE, default=300, variable=""),
         Option("--new-catalogue", "release also if most items differ from the served version's", kind=switch),
-        JSON,
+        shared.JSON,
     ),
     examples=(
         "deepseek release",
@@ -84,9 +66,9 @@ ROWS = (
         "serving.embedded.serve",
         "serve the model repository with the embedded Triton, until Ctrl-C or while a command runs",
         options=(
-            REPOSITORY,
+            shared.REPOSITORY,
             *LISTEN,
-            OPENAI_PORT,
+            shared.OPENAI_PORT,
             Option(
                 "--poll-s",
                 "interval at which the server looks for new versions (default: never)",
@@ -100,7 +82,7 @@ ROWS = (
                 "run Triton without the library that prevents six of its faults (docs/triton.md)",
                 kind=switch,
             ),
-            BUILD,
+            shared.BUILD,
             Option("command", "command to run while serving; then the server stops, with its exit code", rest=True),
         ),
         examples=(
@@ -119,13 +101,13 @@ ROWS = (
         "serving.doctor.doctor",
         "check whether this machine can run what is in the repository",
         options=(
-            REPOSITORY,
+            shared.REPOSITORY,
             Option("--model", "one model of the repository (default: all)", kind=folder_name),
-            TRITON_TAG,
-            ENV_FILE,
+            shared.TRITON_TAG,
+            shared.ENV_FILE,
             Option("--strict", "fail on warnings too", kind=switch, variable=""),
             Option("--preflight", "for use in a container, before tritonserver starts", kind=switch, variable=""),
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek doctor",
@@ -149,10 +131,10 @@ ROWS = (
             ),
             Option("--bulk", "the new key's requests wait behind those of other keys", kind=switch),
             Option("--revoke", "revoke all keys of a name, or the one with an id", metavar="NAME|ID"),
-            HOSTS,
+            shared.HOSTS,
             GATEWAY_FOLDER,
-            BUILD,
-            JSON,
+            shared.BUILD,
+            shared.JSON,
         ),
         examples=(
             "deepseek keys --name shop",
@@ -166,15 +148,15 @@ ROWS = (
         "serving.stack.stack",
         "write .env, limits, certificate, alerts and dashboard for docker compose; publish nothing",
         options=(
-            REPOSITORY,
-            MODELS,
-            BUILD,
+            shared.REPOSITORY,
+            shared.MODELS,
+            shared.BUILD,
             Option("--model", "model for load tests (default: the first one)", kind=folder_name),
-            *STACK,
-            TRITON_TAG,
+            *shared.STACK,
+            shared.TRITON_TAG,
             Option("--runbook", "where alerts link to (default: the current place, at first docs/runbook.md)"),
             GATEWAY_FOLDER,
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek stack", "deepseek stack --gateway-port 9443 --host shop.example"),
     ),
@@ -183,15 +165,15 @@ ROWS = (
         "serving.kubernetes.overlay",
         "write a Kubernetes overlay with limits computed for what is in the repository",
         options=(
-            REPOSITORY,
-            MODELS,
-            BUILD,
+            shared.REPOSITORY,
+            shared.MODELS,
+            shared.BUILD,
             Option("--output", "folder to write (default: kubernetes/ in the build folder)", kind=path, variable=""),
             Option("--base", "the manifests of this project", kind=path, default="kubernetes", variable=""),
             Option("--registry", "registry that the cluster pulls from (default: none, names as built)", default=""),
             Option("--image-tag", "tag of the images (default: this project's version)"),
-            TRITON_TAG,
-            ENV_FILE,
+            shared.TRITON_TAG,
+            shared.ENV_FILE,
             Option("--models-url", "URL of the packed repository (default: a volume `models`)", default=""),
             Option("--autoscaler", "what scales the pods", choices=("hpa", "keda", "none"), default="hpa"),
             Option("--load-balancer", "give the gateway an external address", kind=switch, variable=""),
@@ -200,7 +182,7 @@ ROWS = (
             Option("--loadtest-url", "host:port of the gateway for load tests", default="gateway:8443", variable=""),
             Option("--loadtest-tls", "load tests trust the system's authorities, not ca.crt", kind=switch, variable=""),
             RUNBOOK,
-            JSON,
+            shared.JSON,
         ),
         examples=(
             "deepseek kubernetes",
@@ -214,7 +196,7 @@ RELEASE_ROWS = (
         "rollback",
         "serving.release.rollback",
         "go back to the previous version, in seconds",
-        options=(*MODEL, REPOSITORY, TARGET, *LIVE, JSON),
+        options=(*shared.MODEL, shared.REPOSITORY, shared.TARGET, *LIVE, shared.JSON),
         examples=("deepseek rollback", "deepseek rollback --model minilm --url 127.0.0.1:8001"),
         notes="Exit codes: 0 rolled back, 1 no intact version, the server did not switch, or requests failed.",
     ),
@@ -222,7 +204,7 @@ RELEASE_ROWS = (
         "releases",
         "serving.release.history",
         "list what was released, refused and rolled back",
-        options=(*MODEL, REPOSITORY, JSON),
+        options=(*shared.MODEL, shared.REPOSITORY, shared.JSON),
         examples=("deepseek releases", "deepseek releases --model minilm --json"),
     ),
 )
@@ -235,7 +217,7 @@ INTERNAL = (
             Option("--url", "URL of the archive", variable="MODELS_URL", default=""),
             Option("--sha256", "SHA-256 of the archive", variable="MODELS_SHA256", default=""),
             Option("--into", "folder that becomes the model repository", kind=path, required=True, variable=""),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek fetch --url https://models.example.com/models.tar.gz --sha256 3f2a… --into /models",),
         notes="DEEPSEEK_MODELS_AUTHORIZATION is sent as the header Authorization. Exit codes: 0 unpacked, 1 not the "
@@ -245,7 +227,7 @@ INTERNAL = (
         "flags",
         "serving.embedded.flags",
         "print the flags of tritonserver, one on each line",
-        options=(REPOSITORY, *LISTEN, JSON),
+        options=(shared.REPOSITORY, *LISTEN, shared.JSON),
         examples=("deepseek flags --repository /models --address 0.0.0.0 --behind-gateway",),
     ),
     Command(
@@ -253,11 +235,11 @@ INTERNAL = (
         "serving.observe.alerts",
         "print alerts and recording rules for Prometheus",
         options=(
-            REPOSITORY,
-            MODELS,
+            shared.REPOSITORY,
+            shared.MODELS,
             RUNBOOK,
             Option("--namespace", "namespace of the cluster (default: all)", default="", variable=""),
-            JSON,
+            shared.JSON,
         ),
         examples=("deepseek alerts", "deepseek alerts --runbook https://wiki.example.com/runbook --json"),
     ),
