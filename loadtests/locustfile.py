@@ -21,7 +21,6 @@ from locust import User, events, runners, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopUser
-from locust.rpc import Message
 from locust.runners import MasterRunner, WorkerRunner
 from pydantic import TypeAdapter, ValidationError
 
@@ -105,12 +104,7 @@ def _send(environment: Environment, parts: list[LoadSettings], folder: Path) -> 
         gevent.sleep(UNPREPARED_S)
         sys.exit(ExitCode.INVALID)
     environment.share = share  # type: ignore[attr-defined]
-
-    def begin(msg: Message, **_: Any) -> None:
-        data = msg.data
-        share.begin(data["rank"], data["workers"], data["starts_in_s"], data.get("starts_at"))
-
-    runner.register_message("begin", begin)
+    runner.register_message("begin", lambda msg, **_: share.begin(**msg.data))
     environment.events.test_stop.add_listener(lambda **_: share.stop())
     runner.send_message("prepared", [asdict(part) for part in parts])
 
@@ -120,17 +114,10 @@ def _be_master(environment: Environment, master: Master) -> None:
     environment.events.test_start.add_listener(lambda **_: master.start())
     environment.events.test_stopping.add_listener(lambda **_: master.stop())
     environment.events.quitting.add_listener(lambda **_: master.quit())
-
-    def second(msg: Message, **_: Any) -> None:
-        master.take_second(msg.data["second"], msg.data["rows"], msg.data["now"])
-
-    def finished(msg: Message, **_: Any) -> None:
-        master.take_last(msg.data["rows"], msg.data["lengths"], msg.data["generator"])
-
     environment.runner.register_message("unprepared", lambda msg, **_: master.take_unprepared(msg.data))
     environment.runner.register_message("prepared", lambda msg, **_: master.take_prepared(msg.node_id, msg.data))
-    environment.runner.register_message("second", second)
-    environment.runner.register_message("finished", finished)
+    environment.runner.register_message("second", lambda msg, **_: master.take_second(**msg.data))
+    environment.runner.register_message("finished", lambda msg, **_: master.take_last(**msg.data))
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ from loadtests.results.settings import LoadSettings
 for wanted in json.loads(sys.argv[1]):
     told = {{}}
     made = worker.Worker([LoadSettings(**wanted)], Path(), tell=told.__setitem__, fire=lambda **_: None)
-    made.begin(worker=0, workers=1, starts_in_s=0.2)
+    made.begin(rank=0, workers=1, starts_in_s=0.2)
     made.finished.wait()
     print(json.dumps(told["finished"]))
 """

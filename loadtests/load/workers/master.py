@@ -129,7 +129,7 @@ class Master:
             print(json.dumps(line), flush=True)
             del self._now[second]
 
-    def take_last(self, rows: Rows, lengths: Rows, generator: dict[str, Any]) -> None:
+    def take_last(self, rows: Rows, lengths: Rows, generator: dict[str, Any], **_: Any) -> None:
         self._write(rows)
         for known, found in zip(self._lengths, lengths, strict=True):
             known += found

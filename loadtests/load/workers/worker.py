@@ -42,7 +42,7 @@ class Worker:
         self._precedence = False
         self._sending: list[gevent.Greenlet] = []
 
-    def begin(self, worker: int, workers: int, starts_in_s: float, starts_at: float | None = None) -> None:
+    def begin(self, rank: int, workers: int, starts_in_s: float, starts_at: float | None = None) -> None:
         """Starts sending; the measured window begins `starts_in_s` from now, or at the master's `starts_at`.
 
         `starts_at` is a time of `time.perf_counter()`, for workers on the master's machine.
@@ -52,7 +52,7 @@ class Worker:
         gc.freeze()  # later collections skip all present objects and are short
         # A closed loop has no planned times, and real-time priority would only take CPU from the server.
         self._precedence = self._settings.priority and self._settings.open_loop and take_precedence()
-        self._sending = start(self.senders, self._window_at, worker, workers)
+        self._sending = start(self.senders, self._window_at, rank, workers)
         gevent.spawn(self._watch)
 
     def stop(self) -> None:
