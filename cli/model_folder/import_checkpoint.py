@@ -95,7 +95,7 @@ def _deploy_toml(name: str, checkpoint: Checkpoint) -> str:
         largest_batch=largest,
         usual=min(32, checkpoint.longest),
         longest=checkpoint.longest,
-        why_longest=f"as {files} says; longer texts are truncated" if files else enough,
+        why_longest=f"from {files}; longer texts are truncated" if files else enough,
         # Without real texts, int8 would be calibrated with ids that no caller sends.
         candidates='["fp16", "int8"]' if checkpoint.has_tokenizer else '["fp16"]',
     )
