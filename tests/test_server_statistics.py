@@ -95,7 +95,7 @@ def test_the_tokens_of_all_versions_of_a_model_count(monkeypatch: pytest.MonkeyP
         'onnxruntime_text_padded_tokens{model="m",version="2"} 330',
         'onnxruntime_text_tokens{model="another",version="1"} 7',
     ]
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: BytesIO("\n".join(lines).encode()))
+    monkeypatch.setattr(text_padding._OPENER, "open", lambda *_, **__: BytesIO("\n".join(lines).encode()))
     assert text_padding.fetch("127.0.0.1:8002", "m") == {"text_tokens": 300, "text_padded_tokens": 330}
 
 

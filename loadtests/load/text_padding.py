@@ -10,6 +10,7 @@ from collections import Counter
 from http.client import HTTPException
 
 COUNTER = re.compile(r'^onnxruntime_(text_(?:padded_)?tokens){.*\bmodel="([^"]*)".*} (\S+)$', re.MULTILINE)
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not reach the server's host
 
 
 def fetch(place: str | None, model: str) -> Counter[str]:
@@ -17,7 +18,7 @@ def fetch(place: str | None, model: str) -> Counter[str]:
     found = Counter[str]()
     try:
         if place:
-            with urllib.request.urlopen(f"http://{place}/metrics", timeout=1) as answer:
+            with _OPENER.open(f"http://{place}/metrics", timeout=1) as answer:
                 for name, its_model, value in COUNTER.findall(answer.read().decode()):
                     found[name] += int(float(value)) if its_model == model else 0
     except (OSError, ValueError, HTTPException):
