@@ -214,12 +214,14 @@ class ModelSender:
                 )
 
     def _tell_locust(self, seconds: float, error: str | None) -> None:
-        """Locust groups failures by `exception`: it gets their kind alone."""
+        """With the arguments that Locust documents. It groups failures by `exception`, which is their kind alone."""
         self._fire(
             request_type=self.settings.over,
             name=self.settings.model,
             response_time=seconds * 1000,
             response_length=0,
+            response=None,
+            context={},
             exception=error and error.partition(": ")[0],
         )
 
