@@ -64,6 +64,9 @@ async def in_front_of(triton: Any, model: TextModel, metrics: Metrics | None = N
         async def chosen(self, *_: Any, **__: Any) -> TextModel:
             return model
 
+        async def all(self) -> list[TextModel]:
+            return []
+
     recommenders = Recommenders(None, Path("nowhere"))  # type: ignore[arg-type]
     runner = Routes(Models(), triton, metrics or Metrics(), recommenders).runner(1)  # type: ignore[arg-type]
     await runner.setup()
@@ -109,6 +112,19 @@ def test_the_scores_of_a_classifier_are_no_vectors(
         return
     with pytest.raises(ApiError, match=rf"{re.escape(needed)}; outputs are .*; call it over KServe v2"):
         TextModel.of(metadata)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/openapi.json", "/", "/recommenders"])
+async def test_head_is_answered_as_get_without_the_body(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uptime monitors and load balancers send it."""
+    monkeypatch.setattr("serving.openai.recommenders.model_folders", lambda _: [])
+    async with in_front_of(StandIn(), SMALL) as address, ClientSession() as session:
+        async with session.get(f"http://{address}{path}") as answer:
+            expected = (answer.status, answer.headers["Content-Type"])
+        async with session.head(f"http://{address}{path}") as answer:
+            assert (answer.status, answer.headers["Content-Type"], await answer.read()) == (*expected, b"")
+            assert int(answer.headers["Content-Length"]) > 0
+        assert expected[0] == 200
 
 
 @pytest.mark.parametrize("chunked", [None, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,6 +85,7 @@ E, S, R = EmbeddingRequest, SimilarityRequest, RerankRequest
         (R, {"query": "a", "texts": "a"}, "texts", 'texts: seen "a"; allowed: a list of strings'),
         (R, {"query": "a", "texts": ["a", 1.5]}, "texts", "texts[1]: seen 1.5; allowed: a string"),
         (R, {"query": "a", "texts": ["a"], "raw_scores": 1}, "raw_scores", "raw_scores: seen 1; allowed: true or false"),
+        (R, {"query": "a", "texts": ["a"], "truncation_direction": "left"}, "truncation_direction", 'seen "left"'),
         (R, {"query": "a", "texts": ["a"], "model": 1}, "model", "model: seen 1"),
         (R, {"query": "a", "documents": ["a"]}, None, '"documents": no such field; allowed: query, texts, model'),
     ],
@@ -124,6 +126,22 @@ def test_of_many_unknown_fields_only_the_first_is_reported() -> None:
 def test_a_body_that_is_taken_is_valid_in_the_document_too(kind: type[RequestBody], body: dict[str, Any]) -> None:
     kind.read(json.dumps(body).encode())
     validator(kind.__name__).validate(body)
+
+
+def test_names_of_choices_differ_by_more_than_case() -> None:
+    """Generators of clients make one constant of `right` and `Right`, and fail."""
+    choices = [each["enum"] for each in _objects(DOCUMENT) if "enum" in each]
+    assert choices
+    assert all(len({each.lower() for each in names}) == len(names) for names in choices)
+    assert R.read(b'{"query": "a", "texts": ["b"], "truncation_direction": "Right"}').truncation_direction == "right"
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _objects(each)
 
 
 def test_a_byte_order_mark_is_ignored() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
+import threading
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,46 @@ def test_a_sentence_finds_itself_by_keyboard_alone(page: Browser, url: str) -> N
     assert page.console == []
 
 
+@pytest.fixture
+def prefixed(url: str) -> Iterator[str]:
+    """The server behind a proxy that passes on the path `/ai/` only, as the root."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            path = self.path.removeprefix("/ai") if self.path.startswith("/ai/") else "/elsewhere"
+            server = http.client.HTTPConnection(url.removeprefix("http://"))
+            server.request(self.command, path, body)
+            answer = server.getresponse()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.end_headers()
+            self.wfile.write(answer.read())
+            server.close()
+
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/ai/"
+        server.shutdown()
+
+
+@needs_chromium
+def test_the_page_works_under_a_path_of_another_site(prefixed: str, chromium: Browser) -> None:
+    chromium.console.clear()
+    chromium.open(prefixed)
+    for form, section in (("search", SEARCH), ("rank", RANK), ("recommend", RECOMMEND)):
+        chromium.wait(f"{section}?.hidden === false")
+        chromium.js("document.querySelector('#sentence').value = document.querySelector('#title').value = 'tea'")
+        chromium.js(f"document.querySelector('#{form}-form').requestSubmit()")
+        chromium.wait(f"{section}.querySelector('.heard').innerText")
+    assert chromium.console == []
+
+
 @needs_chromium
 def test_other_traffic_leaves_tritons_share_unknown(page: Browser) -> None:
     page.js(
@@ -90,7 +133,7 @@ def test_other_traffic_leaves_tritons_share_unknown(page: Browser) -> None:
           return model_stats[0].inference_stats.success.count;
         };
         window.fetch = async (path, options) => {
-          if (path !== "/v1/embeddings" || JSON.parse(options.body).input.push) return asked(path, options);
+          if (path !== "v1/embeddings" || JSON.parse(options.body).input.push) return asked(path, options);
           const before = await counted();
           await asked(path, options);
           const answer = await asked(path, options);

@@ -1,8 +1,8 @@
 """The bodies of the routes' requests: OpenAI's, and those of text-embeddings-inference."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from serving.openai.request_body import (
     Allowed,
@@ -17,7 +17,14 @@ from serving.openai.request_body import (
 )
 
 Flag = Annotated[bool | None, Allowed("true or false")]
-Direction = Annotated[Literal["right", "Right"] | None, Allowed("right")]
+
+
+def _right(given: Any) -> Any:
+    """Clients of text-embeddings-inference may send `Right`. Generators make one constant of both: one is listed."""
+    return "right" if given == "Right" else given
+
+
+Direction = Annotated[Literal["right"] | None, BeforeValidator(_right), Allowed("right")]
 
 
 class EmbeddingRequest(RequestBody):

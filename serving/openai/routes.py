@@ -60,8 +60,8 @@ class Routes:
         """Runs the routes; its clean-up gives requests in flight `drain_s` seconds."""
         app = web.Application(middlewares=[self._count], client_max_size=BODY_BYTES)
         for route in self._routes:
-            path = route.path.replace("}", ":.+}")  # a parameter may contain slashes
-            app.router.add_route(route.method, path, route.handler)
+            add = app.router.add_get if route.method == "GET" else app.router.add_post  # add_get takes HEAD too
+            add(route.path.replace("}", ":.+}"), route.handler)  # a parameter may contain slashes
         for path in FILES:
             app.router.add_get(path, send_file)
         if self._recommenders:

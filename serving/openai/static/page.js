@@ -39,11 +39,11 @@ async function ask(path, body) {
 }
 
 const embed = async (model, input) =>
-  (await ask("/v1/embeddings", { model, input })).data.map(({ embedding }) => embedding);
+  (await ask("v1/embeddings", { model, input })).data.map(({ embedding }) => embedding);
 
 // What Triton counted for a model so far, its loaded versions together; times in ms.
 async function counted(model) {
-  const { model_stats } = await ask(`/v2/models/${encodeURIComponent(model)}/stats`);
+  const { model_stats } = await ask(`v2/models/${encodeURIComponent(model)}/stats`);
   const sum = (phase, field) =>
     model_stats.reduce((total, { inference_stats }) => total + Number(inference_stats?.[phase]?.[field] ?? 0), 0);
   const spent = (...phases) => phases.reduce((total, phase) => total + sum(phase, "ns") / 1e6, 0);
@@ -92,7 +92,7 @@ async function search(model) {
 async function rank(model) {
   const texts = one("#texts").value.split("\n").map((line) => line.trim()).filter(Boolean);
   const query = one("#query").value;
-  const run = await timed(model, await counted(model), () => ask("/rerank", { model, query, texts }));
+  const run = await timed(model, await counted(model), () => ask("rerank", { model, query, texts }));
   return { ...run, rows: run.answer.map(({ index, score }) => ({ text: texts[index], topic: "", score })) };
 }
 
@@ -132,7 +132,7 @@ function pick(item) {
   goRecommend();
 }
 
-const recommender = () => `/recommenders/${encodeURIComponent(one("#recommend-model").value)}`;
+const recommender = () => `recommenders/${encodeURIComponent(one("#recommend-model").value)}`;
 const find = async (title) => (await ask(`${recommender()}/items?title=${encodeURIComponent(title)}`)).data;
 
 // Recommends items after the picked ones; a typed title is picked first.
@@ -243,8 +243,8 @@ async function begin() {
   const status = one("#status");
   let problem = new Error("No model is ready that makes embeddings, scores pairs of texts or takes names.");
   try {
-    const { data } = await ask("/v1/models");
-    const { data: recommenders } = await ask("/recommenders");
+    const { data } = await ask("v1/models");
+    const { data: recommenders } = await ask("recommenders");
     if (offer("#search", data, "embed") + offer("#rank", data, "rerank") + offer("#recommend", recommenders, "recommend")) {
       status.hidden = true;
       return;
