@@ -24,8 +24,10 @@ def infer(options: argparse.Namespace) -> int:
     folder = build_dir(options.model)
     how = {"fill": spec.axes[BATCH].min, "top": options.top, "output": options.output}
     if options.text is not None:
-        if spec.text is not None and spec.text.pairs != (options.pair is not None):
-            advice = "pairs: give the second text with --pair" if spec.text.pairs else "single texts: leave --pair out"
+        pairs = any(tensor.dtype == "string" and tensor.shape == (BATCH, 2) for tensor in spec.inputs.values())
+        pairs = spec.text.pairs if spec.text else pairs
+        if pairs != (options.pair is not None):
+            advice = "pairs: give the second text with --pair" if pairs else "single texts: leave --pair out"
             raise InputError(f"--text: {options.model} takes {advice}")
         texts = [text for text in (options.text, options.pair) if text is not None]
         return _call(options, commands.infer, text=texts, prompt_name=options.prompt_name, **how)

@@ -41,7 +41,7 @@ class ModelFolder:
     """The functions of a model.py, each call checked against the signature in `deploy.toml`."""
 
     def __init__(self, model: str, models: str | Path = "models") -> None:
-        self.spec = DeploymentSpec.of_model(model, models)
+        self.spec = DeploymentSpec.to_build(model, models)
         self.folder = Path(models) / model
         if data := last_options(model).get("data"):
             os.environ.setdefault("DEEPSEEK_DATA", data)  # else `deepseek parity` would load() with other data

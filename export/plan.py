@@ -77,7 +77,7 @@ def compiler_of(native: bool, triton_tag: str) -> Compiler:
 
 def build_plan_of(options: argparse.Namespace) -> Plan:
     """The plan that options ask for; raises InputError if this machine cannot build it."""
-    spec = DeploymentSpec.of_model(options.model, options.models)
+    spec = DeploymentSpec.to_build(options.model, options.models)
     tag = options.triton_tag or TRITON_TAG
     compiler = compiler_of(bool(options.native), tag)
     target, why = resolved_target(options.target, compiler)

@@ -16,6 +16,7 @@ from deepseek.precisions import PRECISIONS, Precision
 from deepseek.spec import DeploymentSpec, InputError, Objective, SloSpec, TunedBatching, TunedFile, TunedTarget
 from deepseek.spec.deployment import NO_MODELS
 from deepseek.spec.files.folders import write_whole
+from deepseek.spec.tables import BUILT_DTYPES
 from deepseek.targets import PROVIDERS, TARGETS, Provider, Target
 from tests.conftest import RunHere
 
@@ -54,7 +55,7 @@ MISTAKES = {
     "a path for a name": ('name = "recommender"', 'name = "../x"', "name: seen '../x'", ""),
     "options without a provider": ("[slo]", "[onnxruntime.options]\ndevice_id = 1\n[slo]", "onnxruntime.options: provider is auto", "name an accelerator"),
     "AMD with Triton's own backend": ("[slo]", '[onnxruntime]\nprovider = "migraphx"\nbackend = "onnxruntime"\n[slo]', "onnxruntime.backend: ", "no migraphx"),
-    "strings": ('dtype = "int64"', 'dtype = "string"', "inputs.item_ids.dtype: seen 'string'", "let callers send token ids"),
+    "another name of strings": ('dtype = "int64"', 'dtype = "BYTES"', "inputs.item_ids.dtype: seen 'BYTES'", "or 'string'"),
     "an optional input": ('dtype = "int64"', 'dtype = "int64"\noptional = true', "inputs.item_ids: seen optional", "every input is sent with each request"),
     "a batch too large for Triton": ("max = 64", "max = 3000000000", "axes.batch.max: seen 3000000000", "less than or equal to 2147483647"),
     "tuned values in deploy.toml": ('tuned = "tuned.toml"', 'tuned = "deploy.toml"', "tuned: seen 'deploy.toml'", "name a separate file for tuned values"),
@@ -87,6 +88,28 @@ def test_a_mistake_is_one_line_with_the_file_the_key_and_what_is_allowed(
     assert message.startswith(f"{path}: ")
     assert key in message
     assert hint in message
+
+
+@pytest.mark.parametrize("command", ["engine", "publish"])
+@pytest.mark.parametrize(
+    ("tensor", "dtype", "advice"),
+    [
+        ("inputs.pixels", "string", "let callers send token ids or category ids (int64)"),
+        ("outputs.scores", "float64", "use one of these, and cast in forward"),
+    ],
+)
+def test_a_type_that_is_only_for_load_tests_is_not_built(
+    tmp_path: Path, run_here: RunHere, command: str, tensor: str, dtype: str, advice: str
+) -> None:
+    path = tmp_path / "image" / "deploy.toml"
+    path.parent.mkdir()
+    before, table, after = Path("tests/models/image/deploy.toml").read_text().partition(f"[{tensor}]")
+    path.write_text(before + table + re.sub('dtype = "[a-z0-9]+"', f'dtype = "{dtype}"', after, count=1))
+    assert DeploymentSpec.load(path)
+    done = run_here(command, "--model", "image", "--models", str(tmp_path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"{path}: {tensor}.dtype: seen '{dtype}', which is only for load tests" in done.stderr
+    assert f"a build takes {', '.join(BUILT_DTYPES)}: {advice}" in done.stderr
 
 
 def test_every_key_is_listed_with_its_type_default_and_meaning(run_here: RunHere) -> None:

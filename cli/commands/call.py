@@ -15,7 +15,7 @@ ROWS = (
             *shared.SERVER,
             Option("--row", "which sample of the inputs is sent, from 0", kind=int, default=0),
             Option("--inputs", "file of inputs, .npz or .json (default: build/<model>/evaluation.npz)", kind=path),
-            Option("--text", "text to send, for a model with [text]", from_make_line_only=True),
+            Option("--text", "text to send, for a model with [text] or one input of strings", from_make_line_only=True),
             Option("--pair", "second text, for a model that takes pairs of texts", from_make_line_only=True),
             Option("--prompt-name", "one of `prompts` in the model's deploy.toml, to begin the text"),
             Option(

@@ -29,6 +29,7 @@ from deepseek.spec.files.manifest import FileDigest, Manifest, PublishedManifest
 from deepseek.spec.objectives import Objective, Relation, SloSpec, histogram_bounds_ms
 from deepseek.spec.tables import (
     BATCH,
+    BUILT_DTYPES,
     BULK,
     ONLINE,
     TRITON_DTYPES,

@@ -16,6 +16,7 @@ from deepseek.spec.command import InputError
 from deepseek.spec.objectives import MEASURES, Objective, SloSpec
 from deepseek.spec.tables import (
     BATCH,
+    BUILT_DTYPES,
     Axis,
     AxisName,
     BatchingSpec,
@@ -55,6 +56,11 @@ ModelName = Annotated[str, fitting(_MODEL_NAME.fullmatch, "ASCII letters, digits
 TomlName = Annotated[str, fitting(_TOML_NAME.fullmatch, "a file name, such as tuned.toml")]
 
 
+_CAST = "use one of these, and cast in forward"
+_INSTEAD = {
+    "string": "let callers send token ids or category ids (int64), or their names ([text], [vocabulary]), and name the "
+    "ids of an output in labels"
+}
 _Overridden = TypeVar("_Overridden", bound=Table)
 _MODELS = Path("models")
 _models_of: dict[str, Path] = {}  # the folder in which each model was last looked up
@@ -261,6 +267,20 @@ class DeploymentSpec(Table):
         if spec.name != model:
             path = models / model / "deploy.toml"
             raise InputError(f"{path}: name: seen {spec.name!r}; it must equal the folder's name, {model!r}")
+        return spec
+
+    @classmethod
+    def to_build(cls, model: str, models: str | Path = "models", *, tuned: str | Path | None = None) -> DeploymentSpec:
+        """The same for a build. Raises InputError also for a type that is only for models that are not built here."""
+        spec = cls.of_model(model, models, tuned=tuned)
+        for kind, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs)):
+            for name, tensor in tensors.items():
+                if tensor.dtype not in BUILT_DTYPES:
+                    place = f"{Path(models) / model / 'deploy.toml'}: {kind}.{name}.dtype"
+                    raise InputError(
+                        f"{place}: seen {tensor.dtype!r}, which is only for load tests of a model that was not built "
+                        f"here; a build takes {', '.join(BUILT_DTYPES)}: {_INSTEAD.get(tensor.dtype, _CAST)}"
+                    )
         return spec
 
 

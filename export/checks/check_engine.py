@@ -123,7 +123,7 @@ def specs_of(models: Path, names: list[str]) -> list[DeploymentSpec]:
     found = names or sorted(path.parent.name for path in models.glob("*/deploy.toml"))
     if not found:
         raise InputError(f"{models}: contains no model folder; a model folder holds deploy.toml and model.py")
-    return [DeploymentSpec.of_model(name, models) for name in found]
+    return [DeploymentSpec.to_build(name, models) for name in found]
 
 
 def main(options: argparse.Namespace) -> None:

@@ -151,7 +151,7 @@ def show(spec: DeploymentSpec, measured: MeasuredBatches, precision: Precision) 
 
 def main(options: argparse.Namespace) -> None:
     """The command `measure-batches`."""
-    spec = DeploymentSpec.of_model(options.model, options.models, tuned=options.tuned).for_target(options.target)
+    spec = DeploymentSpec.to_build(options.model, options.models, tuned=options.tuned).for_target(options.target)
     if asked := options.precision:
         precision, provider = asked, provider_of(spec)
     else:

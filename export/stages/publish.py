@@ -275,7 +275,7 @@ def published_manifest(spec: DeploymentSpec, target: Target, engine: Path, folde
 
 
 def main(options: argparse.Namespace) -> None:
-    spec = DeploymentSpec.of_model(options.model, options.models, tuned=options.tuned)
+    spec = DeploymentSpec.to_build(options.model, options.models, tuned=options.tuned)
     precision, provider = (options.precision, None) if options.precision else choice_of(spec.name, options.target)
     if provider:  # the server must not run on other hardware than the one that was measured
         spec = spec.model_copy(update={"onnxruntime": spec.onnxruntime.model_copy(update={"provider": provider})})

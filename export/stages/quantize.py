@@ -186,7 +186,7 @@ def _show_calibration(report: dict[str, Any]) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    spec = on_host(DeploymentSpec.of_model(options.model, options.models), options.target)
+    spec = on_host(DeploymentSpec.to_build(options.model, options.models), options.target)
     precision = spec.precision
     high = TARGETS[options.target].high_precision
     weight_only = precision.weight_only and PRECISIONS[options.precision].may_quantize_weights_alone

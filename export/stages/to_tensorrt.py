@@ -96,7 +96,7 @@ def _compute_capability() -> str | None:
 
 
 def main(options: argparse.Namespace) -> None:
-    spec = DeploymentSpec.of_model(options.model, options.models)
+    spec = DeploymentSpec.to_build(options.model, options.models)
     result = made_alone(
         f"building the {options.precision} engine",
         engine_path(spec.name, options.precision, options.target),

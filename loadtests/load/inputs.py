@@ -1,10 +1,10 @@
 """Reads the real inputs of a model that the build wrote, or texts.
 
 Contract: an .npz file with keys `<row, five digits>/<input name>`, each array with batch size 1; lengths of axes
-may differ between rows. Or a .txt file in UTF-8 with one text on each line, for a model with `[text]`; or a .tsv file
-with one pair of texts on each line and a tab between the two, for a model that takes pairs. Empty lines are left out. A
-request is one row, repeated if the profile's smallest batch is larger than 1. Rows are sent shuffled, so
-that lengths mix in their true proportions.
+may differ between rows. Or a .txt file in UTF-8 with one text on each line, for a model with `[text]` or one that was
+not built here and has one input, of strings; or a .tsv file with one pair of texts on each line and a tab between the
+two, for a model that takes pairs. Empty lines are left out. A request is one row, repeated if the profile's smallest
+batch is larger than 1. Rows are sent shuffled, so that lengths mix in their true proportions.
 """
 
 import math
@@ -72,6 +72,27 @@ def read_rows(path: Path, least: int = 1, only: Sequence[int] | None = None) -> 
     drawn = _drawn(path, len(texts), least * sum(map(len, texts)), only)
     rows = {place: texts[place].split(SEPARATORS[path.suffix]) for place in drawn}
     return {place: {TEXT: np.array([row] * least, dtype=object)} for place, row in rows.items()}
+
+
+def rows_of(
+    path: Path, spec: DeploymentSpec, only: Sequence[int] | None = None, *, on_route: bool = False
+) -> dict[int, Row]:
+    """The rows as the model takes them: texts become its one input if this takes strings, and it has no `[text]`.
+
+    `on_route`: the rows go to an OpenAI route, which takes texts as they are. `only` as in `read_rows`.
+    """
+    rows = read_rows(path, spec.axes[BATCH].min, only)
+    ((name, tensor), *others) = spec.inputs.items()
+    if not _has_texts(path) or on_route or others or tensor.dtype != "string":
+        return rows
+    (least, texts), *_ = (row[TEXT].shape for row in rows.values())
+    sizes = [texts if isinstance(dim, str) else dim for dim in tensor.shape[1:]]
+    if math.prod(sizes) != texts:
+        raise InputError(
+            f"{path}: a row has {texts} text(s), but deploy.toml of {spec.name} has {name} {list(tensor.shape)}; a row "
+            "of a .txt file has one text, of a .tsv file two, of an .npz file any number"
+        )
+    return {number: {name: row[TEXT].reshape(least, *sizes)} for number, row in rows.items()}
 
 
 def named(rows: Mapping[int, Row], spec: DeploymentSpec) -> dict[int, Row]:
@@ -193,9 +214,9 @@ def lengths_of(rows: Sequence[Row], spec: DeploymentSpec, *, on_route: bool = Fa
 def _lengths(rows: Sequence[Row], spec: DeploymentSpec, on_route: bool) -> tuple[list[str], list[tuple[int, ...]]]:
     """The axes whose sizes differ between rows, and their sizes for each row; of texts, the tokens; of names, the
     items of the history."""
-    if HISTORY in rows[0]:
+    if HISTORY in rows[0] and HISTORY not in spec.inputs:
         return ["items"], [(row[HISTORY].shape[1],) for row in rows]
-    if TEXT in rows[0]:
+    if TEXT in rows[0] and TEXT not in spec.inputs:
         name = spec.text.default_prompt if on_route and spec.text else None
         prompt = "" if name is None or spec.text is None else spec.text.prompts[name]
         texts = [tuple(row[TEXT][0]) if spec.text and spec.text.pairs else f"{prompt}{row[TEXT][0, 0]}" for row in rows]

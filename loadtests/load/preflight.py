@@ -17,8 +17,8 @@ from deepseek_client import (
     ServerError,
 )
 
-from deepseek.spec import BATCH, TEXT, DeploymentSpec, InputError
-from loadtests.load.inputs import Row, how_to_fix, named, read_rows
+from deepseek.spec import TEXT, DeploymentSpec, InputError
+from loadtests.load.inputs import Row, how_to_fix, named, rows_of
 from loadtests.load.wire.route import RouteClient
 from loadtests.results.settings import IN_FLIGHT, ROUTES, LoadSettings
 
@@ -59,11 +59,12 @@ def check(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | No
 
 def checked_rows(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[int] | None = None) -> dict[int, Row]:
     """The rows as they are sent, by number; InputError if the model or the OpenAI route does not take them."""
-    rows = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
+    rows = rows_of(Path(settings.inputs), spec, only, on_route=settings.route is not None)
     for row in rows.values():
-        if row.keys() == {TEXT} and (spec.text is None or row[TEXT].shape[1] != 1 + spec.text.pairs):
-            seen = "texts" if row[TEXT].shape[1] == 1 else "pairs of texts"
-            takes = "has no [text]"
+        texts = row.keys() == {TEXT} and (TEXT not in spec.inputs or settings.route is not None)
+        if texts and (spec.text is None or row[TEXT].shape[1:] != (1 + spec.text.pairs,)):
+            seen = "pairs of texts" if row[TEXT].shape[1:] == (2,) else "texts"
+            takes = 'has no [text], and not one input with dtype = "string"'
             if spec.text is not None:
                 takes = "has pairs = true: give a .tsv file" if spec.text.pairs else "has no pairs: give a .txt file"
             raise InputError(f"{settings.inputs}: has {seen}, but deploy.toml of {settings.model} {takes}")
@@ -77,7 +78,7 @@ def checked_rows(settings: LoadSettings, spec: DeploymentSpec, only: Sequence[in
 
 def _check_texts(settings: LoadSettings, row: Row) -> None:
     texts = ROUTES[settings.over]
-    if row.keys() != {TEXT} or row[TEXT].shape[1] != texts:
+    if row.keys() != {TEXT} or row[TEXT].shape[1:] != (texts,):
         kind = "texts, such as texts.txt" if texts == 1 else "pairs of texts, such as pairs.tsv"
         raise InputError(f"--route {settings.over}: {settings.inputs} has {_listed(row)}; give --inputs with {kind}")
     if not row[TEXT].all():

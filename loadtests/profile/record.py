@@ -28,9 +28,9 @@ import tritonclient.http
 from deepseek_client import InferenceClient, InferenceError, ServerBusy
 from tritonclient.utils import InferenceServerException
 
-from deepseek.spec import BATCH, DeploymentSpec, InputError
+from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.load.inputs import read_inputs
+from loadtests.load.inputs import rows_of
 from loadtests.load.settings_from_options import inputs_of
 from loadtests.profile.profile_data import Call, read_traces
 from loadtests.results.settings import LoadSettings
@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
     inputs = args.inputs or inputs_of(args.model)
     try:
         if args.what == "trace":
-            rows = read_inputs(Path(inputs), spec.axes[BATCH].min)
+            rows = list(rows_of(Path(inputs), spec).values())
             trace(args.folder, args.url, args.protocol, args.model, rows, args.requests, args.users, args.trace_file)
         else:
             settings = LoadSettings(

@@ -11,14 +11,14 @@ from typing import Literal
 import numpy as np
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelQueuePolicy
 
-from deepseek.spec import BATCH, TRITON_DTYPES, PublishedManifest, TensorSpec
+from deepseek.spec import BATCH, BUILT_DTYPES, TRITON_DTYPES, PublishedManifest, TensorSpec
 from deepseek.spec.files.repository import CONFIG, ENGINE
 from deepseek.spec.vocabulary import ADDED, VOCABULARY
 from deepseek.targets import TARGETS
 from serving.repository.checks import Finding, mismatch, publish_again
 
 # Bytes per value, by Triton's type name.
-BYTES = {f"TYPE_{triton}": np.dtype(dtype).itemsize for dtype, triton in TRITON_DTYPES.items()}
+BYTES = {f"TYPE_{TRITON_DTYPES[dtype]}": np.dtype(dtype).itemsize for dtype in BUILT_DTYPES}
 
 
 def check_config(model: Path, config: ModelConfig, manifest: PublishedManifest) -> list[Finding]:

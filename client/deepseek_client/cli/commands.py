@@ -108,7 +108,7 @@ def infer(
     elif inputs is not None:
         arrays = arrays_of(inputs, signature)
     else:
-        arrays = {"text": _texts(text or (), signature)}
+        arrays = _texts(text or (), signature)
     arrays = filled(arrays, fill)
     request = client.prepare(model, arrays, parameters={"prompt_name": prompt_name} if prompt_name else None)
     start = time.perf_counter()
@@ -129,14 +129,16 @@ def infer(
     return 0
 
 
-def _texts(texts: Sequence[str], signature: ModelMetadata) -> np.ndarray:
-    """One text a row, or two if the model takes pairs."""
+def _texts(texts: Sequence[str], signature: ModelMetadata) -> dict[str, np.ndarray]:
+    """The texts for the input `text`, or the model's only one of strings: one a row, or two if it takes pairs."""
+    strings = {spec.name: spec.shape for spec in signature.inputs if spec.datatype == "BYTES"}
+    name = next(iter(strings)) if len(strings) == 1 else "text"
     values = np.array(texts, dtype=object)
-    if all(spec.name != "text" or spec.shape != (-1, 2) for spec in signature.inputs):
-        return values
+    if strings.get(name) != (-1, 2):
+        return {name: values}
     if len(texts) % 2:
         raise InvalidInput(f"--text: seen {len(texts)}; {signature.name} takes pairs of texts: give two for each pair")
-    return values.reshape(-1, 2)
+    return {name: values.reshape(-1, 2)}
 
 
 def _listed(array: np.ndarray) -> Any:

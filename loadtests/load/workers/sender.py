@@ -23,8 +23,8 @@ import gevent
 import numpy as np
 from deepseek_client import InferenceClient, InferenceError, ServerError
 
-from deepseek.spec import BATCH, DeploymentSpec
-from loadtests.load.inputs import length_classes, named, read_rows, shuffled
+from deepseek.spec import DeploymentSpec
+from loadtests.load.inputs import length_classes, named, rows_of, shuffled
 from loadtests.load.preflight import TRIES
 from loadtests.load.replay import rows_in
 from loadtests.load.request_log import RequestRecorder
@@ -81,7 +81,7 @@ class ModelSender:
         self._client_options: dict[str, Any] = {"retries": 0, "retry_budget": None, **client_options}
         spec = DeploymentSpec.of_model(settings.model, settings.models, tuned=os.devnull)  # only signature and axes
         only = None if plan is None else rows_in(plan)
-        found = read_rows(Path(settings.inputs), spec.axes[BATCH].min, only)
+        found = rows_of(Path(settings.inputs), spec, only, on_route=settings.route is not None)
         found = named(found, spec) if settings.names else found
         numbers = shuffled(list(found), settings.seed)
         rows = [found[number] for number in numbers]
