@@ -171,8 +171,9 @@ def _read(path: Path, read: Callable[[Any], T]) -> T:
 
 def how_to_fix(path: Path) -> str:
     """The advice for a file of inputs that is missing or does not fit the model."""
-    built = path.name == "evaluation.npz"  # in build/<model>/
-    return f"build the model first: make engine {variables_for(path.parent.name)}" if built else "correct --inputs"
+    if path.name != "evaluation.npz":  # in build/<model>/
+        return "correct --inputs"
+    return f"build the model first: make engine {variables_for(path.parent.name)}, or name a file of inputs: --inputs"
 
 
 def _repeated(arrays: Any, key: str, least: int) -> np.ndarray:
