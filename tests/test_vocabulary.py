@@ -22,7 +22,6 @@ from export.checks.parity_strings import AT_NAMES, compare_names, named_predicto
 from export.model_folder import ModelFolder
 from export.rows import load_rows
 from export.stages.publish import publish_version
-from export.stages.to_onnx import export_model
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
@@ -315,17 +314,6 @@ def test_a_catalogue_that_does_not_fit_is_one_line_before_anything_is_published(
     said = str(caught.value)
     assert (message in said, str(file) in said) == (True, True), said
     assert not (tmp_path / "repository" / "shop").exists()
-
-
-@pytest.mark.parametrize(("model", "file"), [("shop", "catalogue.csv"), ("sentence", "tokenizer.json")])
-def test_a_missing_file_of_names_or_texts_is_one_line_before_the_graph_is_made(
-    own_build: Path, tmp_path: Path, model: str, file: str
-) -> None:
-    shutil.copytree(MODELS / model, tmp_path / model)
-    (tmp_path / model / file).unlink()
-    with pytest.raises(InputError, match=f"no file {tmp_path / model / file} and no file"):
-        export_model(ModelFolder(model, tmp_path))
-    assert not (own_build / model / "fp32").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,15 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from deepseek.spec import (
-    DeploymentSpec,
-    GateFailed,
-    InputError,
-    kept_for_json,
-    one_line,
-    tokenizer_path,
-)
-from deepseek.spec.deployment import catalogue_of
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json, one_line
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
 from export.cache import put_in_place, refined, stage_key
 from export.graphs.branches import sizes_of_branches
@@ -198,10 +190,6 @@ def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: 
 def export_model(source: ModelFolder) -> dict[str, Any]:
     spec = source.spec
     path = onnx_path(spec.name, "fp32")
-    if spec.text:
-        tokenizer_path(spec)  # raises InputError; publish would find it missing only after the whole build
-    if spec.vocabulary:
-        catalogue_of(spec)
     rows, shared, note = _rows(source)
     check_memory(spec, rows["evaluation"])
     model = source.load()
