@@ -1,4 +1,4 @@
-"""Calls and load tests of models that this project did not build, with all of Triton's types, on a real Triton."""
+"""Models that this project did not build: calls and load tests with all of Triton's types, on a real Triton."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def rows_of(
 ) -> dict[int, Row]:
     """The rows as the model takes them: texts become its one input if this takes strings, and it has no `[text]`.
 
-    `on_route`: the rows go to an OpenAI route, which takes texts as they are. `only` as in `read_rows`.
+    `on_route`: the rows go to an OpenAI route, which takes texts unchanged. `only` as in `read_rows`.
     """
     rows = read_rows(path, spec.axes[BATCH].min, only)
     ((name, tensor), *others) = spec.inputs.items()

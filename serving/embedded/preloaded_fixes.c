@@ -100,7 +100,7 @@ static int is_programs(const void *caller)
            callers.dli_fbase == program.dli_fbase;
 }
 
-/* The two messages of triton_json.h about the JSON that the program reads: it is no JSON, or has a value of another type. */
+/* The two messages of triton_json.h about the JSON that the program reads: broken JSON, or a value of another type. */
 void *TRITONSERVER_ErrorNew(int code, const char *message)
 {
     static const char no_json[] = "failed to parse the request JSON", other[] = "attempt to access ";

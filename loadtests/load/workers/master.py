@@ -35,16 +35,8 @@ from loadtests.results.settings import LONGEST_PREPARATION_S, LoadSettings
 START_DELAY_S = 0.5
 DISTRIBUTED_START_DELAY_S = 2.0
 ALONE = "local"  # Locust's name for the only process
-OF_THE_MACHINE = (
-    "models",
-    "inputs",
-    "url",
-    "route",
-    "metrics",
-    "ca_cert",
-    "priority",
-    "target",
-)  # the target only judges
+# The target only judges.
+OF_THE_MACHINE = ("models", "inputs", "url", "route", "metrics", "ca_cert", "priority", "target")
 Rows = list[list[dict[str, Any]]]  # one list for each part
 
 
