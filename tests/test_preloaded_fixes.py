@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
 import urllib.error
@@ -211,6 +214,19 @@ def test_wrong_json_is_the_callers_mistake(server: EmbeddedServer, body: str, re
         urllib.request.urlopen(f"http://{server.http_url}/v2/models/slow/infer", data=body.encode())
     assert raised.value.code == 400
     assert reason in raised.value.read().decode()
+
+
+def test_nobody_else_reads_or_writes_the_memory_between_triton_and_its_models(server: EmbeddedServer) -> None:
+    maps = Path(f"/proc/{server.pid}/maps").read_text()
+    regions = sorted(set(re.findall(r"/dev/shm/(embedded-triton-\S+)", maps)))
+    assert regions
+    for name in regions:
+        assert stat.filemode(Path("/dev/shm", name).stat().st_mode) == "-rw-------"
+        for key in (name, f"//{name}"):
+            body = json.dumps({"key": key, "offset": 0, "byte_size": 64}).encode()
+            url = f"http://{server.http_url}/v2/systemsharedmemory/region/{name}/register"
+            with pytest.raises(urllib.error.HTTPError, match="500"):
+                urllib.request.urlopen(url, data=body)
 
 
 @pytest.mark.parametrize("preloads", [True, False])

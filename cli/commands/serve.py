@@ -79,7 +79,7 @@ ROWS = (
             Option("--echo-log", "write the server's log to standard output", kind=switch, variable=""),
             Option(
                 "--no-preload",
-                "run Triton without the library that prevents six of its faults (docs/triton.md)",
+                "run Triton without the library that prevents seven of its faults (docs/triton.md)",
                 kind=switch,
             ),
             shared.BUILD,

@@ -1,4 +1,4 @@
-/* Keeps clients from meeting six faults of Triton 2.51; preloaded into tritonserver (preloaded_fixes.py, docs/triton.md).
+/* Keeps clients from meeting seven faults of Triton 2.51; preloaded into tritonserver (preloaded_fixes.py, docs/triton.md).
  *
  * It wakes Triton's dynamic batcher in time. If the queue has a bound or a time-out, the batcher takes a request only
  * while an instance is free, and waits on a condition variable for at most 500 ms (dynamic_batch_scheduler.cc). An
@@ -30,6 +30,11 @@
  *
  * It also makes a request over HTTP with wrong JSON, such as a number in place of a text, a 400. triton_json.h calls it an
  * internal error, a 500, which callers retry and which counts as the server's failure.
+ *
+ * It also keeps clients and other users out of the memory through which Triton talks to its models' processes. If /dev/shm is
+ * full, an answer names a region of it (CVE-2025-23319), and a client could register that region as its own, and write to
+ * it. The program tritonserver now cannot open these regions: its Python backend and the models' processes
+ * can. Only their owner can read them.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -42,6 +47,7 @@
 #include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 
 enum { FRAME_BYTES = 4096, STRINGS = 13 /* TRITONSERVER_TYPE_BYTES */ };
@@ -121,6 +127,32 @@ ssize_t send(int socket, const void *data, size_t size, int flags)
     while (sent < 0 && errno == EAGAIN && size == COMMAND_BYTES && is_programs(__builtin_return_address(0)) &&
            poll(&pair, 1, WAIT_MS) > 0);
     return sent;
+}
+
+static __thread int made_private = -1; /* the region that this thread opened last, until its mode is set */
+
+/* Regions of this prefix (server_process.py) are between Triton and its models' processes. Like libc, it skips slashes. */
+int shm_open(const char *name, int flags, mode_t mode)
+{
+    static const char prefix[] = "embedded-triton-";
+    int (*original)(const char *, int, mode_t) = (int (*)(const char *, int, mode_t))(intptr_t)dlsym(RTLD_NEXT, __func__);
+    if (strncmp(name + strspn(name, "/"), prefix, sizeof prefix - 1) != 0)
+        return original(name, flags, mode);
+    /* The models' processes have the library too, and open theirs. */
+    if (is_programs(__builtin_return_address(0)) && strcmp(program_invocation_short_name, "tritonserver") == 0) {
+        errno = EACCES;
+        return -1;
+    }
+    return made_private = original(name, flags, mode & S_IRWXU);
+}
+
+/* The backend (boost::interprocess) sets the mode of a region that it has made to 0644. */
+int fchmod(int file, mode_t mode)
+{
+    int (*original)(int, mode_t) = (int (*)(int, mode_t))(intptr_t)dlsym(RTLD_NEXT, __func__);
+    int is_region = file >= 0 && file == made_private;
+    made_private = -1;
+    return original(file, is_region ? mode & S_IRWXU : mode);
 }
 
 /* The size of a string is 1 for the server's own program, whose other uses of it are for other types. Backends get 0. */

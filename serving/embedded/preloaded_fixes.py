@@ -19,7 +19,7 @@ SOURCE = Path(__file__).with_name("preloaded_fixes.c")
 MISSING = Finding(
     level="warning",
     where="Triton",
-    what="without a C compiler callers meet six of its faults: requests that wait, lost answers and crashes "
+    what="without a C compiler callers meet seven of its faults: requests that wait, lost answers and crashes "
     "(docs/triton.md)",
     fix="apt-get install gcc libc6-dev",
 )
