@@ -42,6 +42,7 @@ def saved_run(folder: Path, requests: Iterable[Request], **changes: Any) -> Run:
     """Writes a run made from a list of requests; `changes` apply to its settings and generator."""
     generator = {"thread_cpu": changes.pop("thread_cpu", 0.2), "process_cpu": 0.3, "machine_cpu": 0.5}
     generator |= {"workers_lost": changes.pop("workers_lost", 0), "workers": changes.get("workers", 1)}
+    generator["precedence"] = False
     server = changes.pop("server", {"version": "1", "statistics": {}})
     quality = changes.pop("quality", {})
     settings = load_settings(**{"rate_rps": 100.0, "duration_s": 10.0, **changes})

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ FOUND: dict[str, Any] = {"capacity_rps": 95.0, "confirmed": True, "limited_by": 
 REFUTED = (trial(2, "holds"), trial(2, "fails", "confirm"))
 # A repetition counts in place of the first, and what the proof of 95/s refutes does not.
 STALLED = (trial(100, "fails", violated=True), trial(100, "holds"), trial(94, "fails", violated=True))
-NOW = datetime(2026, 11, 25, tzinfo=UTC)
+NOW = "2026-11-25T00:00:00+00:00"
 
 
 @pytest.mark.parametrize(

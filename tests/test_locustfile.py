@@ -25,7 +25,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from deepseek.spec.processes.children import free_ports
 from loadtests.load import server_statistics
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.load.inputs import read_inputs
+from loadtests.load.inputs import read_rows
 from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
@@ -380,10 +380,10 @@ def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], 
             check(wanted, spec)
     np.savez(tmp_path / "objects.npz", **{"00000/x": np.array([["a"]], object)})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"it holds Python objects; save texts as .astype\(str\)"):
-        read_inputs(tmp_path / "objects.npz")
+        read_rows(tmp_path / "objects.npz")
     np.savez(tmp_path / "number.npz", **{"00000/x": np.float32(1)})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"00000/x is a single number; the first axis must be a batch of 1"):
-        read_inputs(tmp_path / "number.npz")
+        read_rows(tmp_path / "number.npz")
     np.save(tmp_path / "x.npy", row)
     with pytest.raises(InputError, match=r"x.npy: not an .npz file of inputs"):
-        read_inputs(tmp_path / "x.npy")
+        read_rows(tmp_path / "x.npy")

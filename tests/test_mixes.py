@@ -10,7 +10,7 @@ import pytest
 
 from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load import inputs
-from loadtests.load.inputs import length_classes, read_inputs, shuffled
+from loadtests.load.inputs import length_classes, read_rows, shuffled
 from loadtests.results.mixes import Mix, runs_of
 from loadtests.results.settings import LoadSettings
 from tests.saved_runs import load_settings, saved_run, steady
@@ -115,8 +115,8 @@ def test_rows_of_every_kind_are_drawn_from_a_large_file_and_sent_shuffled(
     arrays = {f"{row:05d}/ids": np.full((1, 4), row) for row in range(300)}  # as if two or three kinds alternate
     np.savez(tmp_path / "rows.npz", **arrays)  # type: ignore[arg-type]
     monkeypatch.setattr(inputs, "MOST_ROWS", 100)
-    assert read_inputs(tmp_path / "rows.npz", least=4)[0]["ids"].shape == (4, 4)  # if the profile has no batch of 1
-    read = read_inputs(tmp_path / "rows.npz")
+    assert read_rows(tmp_path / "rows.npz", least=4)[0]["ids"].shape == (4, 4)  # if the profile has no batch of 1
+    read = list(read_rows(tmp_path / "rows.npz").values())
     taken = [int(row["ids"][0, 0]) for row in read]
     assert (len(taken), taken) == (100, sorted(set(taken)))
     for kinds in (2, 3):
@@ -129,7 +129,7 @@ def test_rows_of_every_kind_are_drawn_from_a_large_file_and_sent_shuffled(
 
 def test_rows_have_the_numbers_of_their_keys(tmp_path: Path) -> None:
     np.savez(tmp_path / "rows.npz", **{f"{row}/ids": np.full((1, 4), row) for row in range(12)})  # type: ignore[arg-type]
-    assert [int(row["ids"][0, 0]) for row in read_inputs(tmp_path / "rows.npz")] == list(range(12))
+    assert [int(row["ids"][0, 0]) for row in read_rows(tmp_path / "rows.npz").values()] == list(range(12))
 
 
 def test_the_limit_on_bytes_uses_all_rows_and_not_only_the_first(
@@ -138,5 +138,5 @@ def test_the_limit_on_bytes_uses_all_rows_and_not_only_the_first(
     arrays = {f"{row:05d}/ids": np.zeros((1, 1 if row == 0 else 1000)) for row in range(100)}
     np.savez_compressed(tmp_path / "rows.npz", **arrays)  # type: ignore[arg-type]
     monkeypatch.setattr(inputs, "MOST_BYTES", 25 * 8000)
-    assert 20 <= len(read_inputs(tmp_path / "rows.npz")) <= 25
-    assert len(read_inputs(tmp_path / "rows.npz", least=4)) <= 6  # each row is then four times as large
+    assert 20 <= len(read_rows(tmp_path / "rows.npz")) <= 25
+    assert len(read_rows(tmp_path / "rows.npz", least=4)) <= 6  # each row is then four times as large

@@ -22,8 +22,7 @@ from deepseek.spec.processes.child_server import ChildServer
 from deepseek.spec.processes.stack_triton import stack_command
 from deepseek.spec.tables import OnnxRuntimeSpec
 from export.publishing.triton_config import config_text, model_config
-from loadtests.search.local_server import EMBEDDED
-from loadtests.search.server_command import server_command
+from loadtests.search.local_server import EMBEDDED, server_command
 from serving.embedded.model_control import is_ready
 from serving.release.candidate import Candidate
 from serving.release.journal import ReleaseJournal

@@ -6,7 +6,7 @@ Examples of lines: `p99_ms < 50`, `p50_ms < 10 @ 200 rps`, `error_rate < 0.1%`, 
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
@@ -66,6 +66,10 @@ class Objective:
     def facts(self) -> "KindFacts":
         """The row of KINDS for its kind."""
         return KINDS[self.kind]
+
+    def against(self, baseline: float) -> "Objective":
+        """The same with a limit in the metric's own unit, for this value of the baseline."""
+        return replace(self, limit=self.limit * baseline, of_baseline=False) if self.of_baseline else self
 
     def holds(self, seen: float) -> bool:
         """Whether a measured value meets the objective; NaN never does."""

@@ -41,10 +41,6 @@ class Length(NamedTuple):
 NO_LENGTH = Length("")
 
 
-def read_inputs(path: Path, least: int = 1) -> list[Row]:
-    return list(read_rows(path, least).values())
-
-
 def count_rows(path: Path) -> int:
     """The number of rows of a file; InputError if there are none."""
     return len(_texts(path) if _has_texts(path) else _read(path, lambda arrays: _names(path, arrays)))

@@ -29,7 +29,6 @@ from loadtests.load.settings_from_options import inputs_of, settings_fields
 from loadtests.load.traffic_file import read_traffic
 from loadtests.load.until_decided import measure_until_decided, planned_looks
 from loadtests.percentiles import SUMMARY
-from loadtests.results.histogram import Latency
 from loadtests.results.mixes import Mix, models_of
 from loadtests.results.run import Run
 from loadtests.results.schedule import segments_of
@@ -57,7 +56,7 @@ def summary(run: Run) -> dict[str, Any]:
         "messages": run.window.messages,
         "throughput_rps": run.window.throughput_rps,
         "tokens_per_s": run.tokens_per_s,
-        "latency": {kind: _figures(run.window.latency(kind)) for kind in _kinds(run)},
+        "latency": {kind: _figures(run.window.latency(kind)) for kind in run.latencies},
         "lengths": {
             length: {"planned": found.planned, "errors": dict(found.errors), **_figures(found.latency(run.judged))}
             for length, found in run.lengths.items()
@@ -69,10 +68,6 @@ def summary(run: Run) -> dict[str, Any]:
         },
         "server": run.server,
     }
-
-
-def _kinds(run: Run) -> tuple[Latency, ...]:
-    return ("intended", "service") if run.settings.open_loop else ("service",)
 
 
 def _figures(found: Distribution) -> dict[str, float | None]:
@@ -97,7 +92,7 @@ def show(run: Run, console: Console) -> None:
     console.print(f"{counts}; {window.throughput_rps:.1f} answers/s{tokens}")
     for kind, message in window.messages.items():
         console.print(f"{kind}, for example: {message}", soft_wrap=True)
-    for kind in _kinds(run):
+    for kind in run.latencies:
         latency = window.latency(kind)
         shown = ", ".join(f"p{percent:g} {shown_percentile(latency, percent)}" for percent in SUMMARY)
         console.print(f"{kind} latency: {shown}")

@@ -117,11 +117,9 @@ def join(parts: Sequence[Path], draft: Path, looks: int) -> None:
 
 def _worst(generators: Sequence[Row]) -> Row:
     """The health of the generator in its worst part; lost workers are added."""
-    names = ("thread_cpu", "process_cpu", "machine_cpu")
-    found = {name: max(each[name] for each in generators) for name in names if name in generators[0]}
-    lost = sum(each.get("workers_lost", 0) for each in generators)
-    precedence = all(each.get("precedence") for each in generators)
-    return {**generators[0], **found, "workers_lost": lost, "precedence": precedence}
+    busiest = {name: max(each[name] for each in generators) for name in ("thread_cpu", "process_cpu", "machine_cpu")}
+    busiest["workers_lost"] = sum(each["workers_lost"] for each in generators)
+    return {**generators[0], **busiest, "precedence": all(each["precedence"] for each in generators)}
 
 
 def _summed(statistics: Sequence[Any]) -> Any:

@@ -164,7 +164,7 @@ def _rates(runs: Sequence[Run]) -> tuple[float, tuple[float, ...]]:
         if (other := (run.settings.segments[0].rate_rps, run.settings.over)) != (rate, over):
             seen = f"{run.folder}: measured at {other[0]:g}/s over {other[1]}"
             raise InputError(f"{seen}, {runs[0].folder} at {rate:g}/s over {over}; use one rate and one protocol")
-    return rate, tuple(sorted(set.intersection(*(set(run.rates_rps) for run in runs)) - {rate}))
+    return rate, tuple(sorted(set.intersection(*(set(run.settings.rates_rps) for run in runs)) - {rate}))
 
 
 def _valid(

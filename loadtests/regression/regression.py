@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, build_dir
 from deepseek.spec.command import end_at_sigterm
-from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.folders import time_name, write_whole
 from deepseek.spec.objectives import Kind, formatted
 from loadtests.regression.compared_version import ComparedVersion
 from loadtests.regression.comparison import (
@@ -34,8 +33,7 @@ from loadtests.regression.comparison import (
 )
 from loadtests.regression.interleaved_runs import InterleavedPlan, interleaved
 from loadtests.results.run import Run
-from loadtests.search.local_server import settings_of_local
-from loadtests.search.server_command import server_command
+from loadtests.search.local_server import server_command, settings_of_local
 
 Versions = tuple[ComparedVersion, ComparedVersion]
 TITLES: dict[Conclusion, str] = {
@@ -88,8 +86,8 @@ def measured(versions: Versions, options: argparse.Namespace, spec: DeploymentSp
         capacity=not options.no_capacity,
         slack=options.threshold_p99 / 100,
     )
-    folder = build_dir(options.model) / "regression" / datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    pairs = interleaved(versions, plan, folder, Console(stderr=True, markup=False))
+    kept = build_dir(options.model) / "regression"
+    pairs = interleaved(versions, plan, kept / time_name(kept), Console(stderr=True, markup=False))
     return [baseline for baseline, _ in pairs], [candidate for _, candidate in pairs]
 
 

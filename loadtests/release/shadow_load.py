@@ -23,8 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from deepseek_client import InferenceClient, InferenceError, InvalidInput, ServerBusy
 
-from deepseek.spec import BATCH, DeploymentSpec, ExitCode, GateFailed, InputError
-from loadtests.load.inputs import Row, read_inputs, shuffled
+from deepseek.spec import DeploymentSpec, ExitCode, GateFailed, InputError
+from loadtests.load.inputs import Row, rows_of, shuffled
 from loadtests.load.settings_from_options import inputs_of
 from loadtests.slo.paired_intervals import paired_ratio
 
@@ -184,7 +184,7 @@ def judged(shadow: Shadow, threshold: float) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> int:
     """Sends the requests, judges the answers, prints the result as JSON; returns the exit code."""
     spec = DeploymentSpec.of_model(args.model, args.models)
-    rows = shuffled(read_inputs(Path(args.inputs or inputs_of(args.model)), spec.axes[BATCH].min), seed=0)
+    rows = shuffled(list(rows_of(Path(args.inputs or inputs_of(args.model)), spec).values()), seed=0)
     try:
         with ExitStack() as stack:
             clients = {

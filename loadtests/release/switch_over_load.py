@@ -101,12 +101,12 @@ def check_before(log: RequestLog, *, may_fail: bool) -> None:
             f"requests were sent late: p99 {lag_ms:.0f} ms, allowed {LATEST_MS:g} ms; lower --rate or use a less busy "
             "machine"
         )
-    errors = Counter(each.error for each in log.failed.requests)
-    if errors:
-        error, times = errors.most_common(1)[0]
+    failures = _failures(log)
+    if failures["failed"]:
+        error, times = next(iter(failures["errors"].items()))
         raise InvalidMeasurement(
-            f"{errors.total()} of {len(log)} requests failed before the change ({times} times: {error}), so failures "
-            "after it would prove nothing; fix the served version or roll back first (make rollback)"
+            f"{failures['failed']} of {len(log)} requests failed before the change ({times} times: {error}), so "
+            "failures after it would prove nothing; fix the served version or roll back first (make rollback)"
         )
 
 

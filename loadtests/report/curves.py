@@ -41,8 +41,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
     if len(runs) > 1:
         named = zip(LETTERS, names_of(runs), runs, strict=False)
         return [Curve(run=run, kind=run.judged, css=f"run{x}", name=name) for x, name, run in named]
-    kinds: tuple[Latency, ...] = ("intended", "service") if runs[0].settings.open_loop else ("service",)
-    return [Curve(run=runs[0], kind=kind, css=kind, name=kind) for kind in kinds]
+    return [Curve(run=runs[0], kind=kind, css=kind, name=kind) for kind in runs[0].latencies]
 
 
 def _limits(drawn: Sequence[Curve], slos: Sequence[SloSpec]) -> tuple[dict[float, float], list[dict[float, float]]]:

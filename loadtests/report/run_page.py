@@ -20,7 +20,7 @@ from loadtests.report.headline import (
     objectives,
     tiles,
 )
-from loadtests.report.page import card, document, grid
+from loadtests.report.page import card, document, grid, machine_facts
 from loadtests.report.searches import capacity_card, tuning_card
 from loadtests.results.run import Run
 from loadtests.search.capacity_result import Capacity
@@ -68,7 +68,7 @@ def cards_of(runs: Sequence[Run], slos: Sequence[SloSpec], searches: Sequence[st
         *each("By input length", run_tables.lengths),
         card("Load generator health", run_tables.generator(runs[0], runs[1:])),
         *each("Settings", run_tables.settings),
-        card("Load generator machine", run_tables.machine(runs[0])),
+        card("Load generator machine", machine_facts(runs[0].machine, runs[0].machine.get("versions", {}))),
     ]
 
 

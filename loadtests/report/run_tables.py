@@ -8,7 +8,7 @@ from deepseek.svg_chart import stacked_bar
 from loadtests.percentiles import ALL, SUMMARY, ms
 from loadtests.report.curves import curves
 from loadtests.report.headline import names_of
-from loadtests.report.page import facts, machine_facts, numbers, sentence, utc
+from loadtests.report.page import facts, numbers, sentence, utc
 from loadtests.results.run import Run
 from loadtests.results.settings import IN_FLIGHT
 from loadtests.results.stretch import shown_percentile
@@ -155,10 +155,6 @@ def settings(run: Run) -> str:
     if own.mix:
         rows.append(("part of the mix", own.mix))
     return facts(rows)
-
-
-def machine(run: Run) -> str:
-    return machine_facts(run.machine, run.machine.get("versions", {}))
 
 
 def differing(runs: Sequence[Run]) -> str:

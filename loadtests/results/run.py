@@ -89,8 +89,10 @@ class Run:
         inside = [found.get(second, nothing) for second in range(math.ceil(duration_s))]
         return Stretch(self.settings, inside, duration_s)
 
-    def at_rate(self, rate_rps: float) -> Stretch | None:
-        """The part of the window with exactly this planned rate; None if there is none."""
+    def at_rate(self, rate_rps: float | None) -> Stretch | None:
+        """The part of the window with exactly this planned rate, None if there is none; without a rate the window."""
+        if rate_rps is None:
+            return self.window
         seconds: list[Second] = []
         start = total = 0.0
         for segment in self.settings.segments:
@@ -102,19 +104,20 @@ class Run:
         return Stretch(self.settings, seconds, total) if total else None
 
     @property
-    def rates_rps(self) -> list[float]:
-        return self.settings.rates_rps
-
-    @property
     def tokens_per_s(self) -> float | None:
         """Tokens/s of the answered requests, if the run sent texts."""
         tokens = sum(second.tokens for part in self.lengths.values() for second in part.seconds)
         return tokens / self.settings.duration_s if tokens else None
 
     @property
+    def latencies(self) -> tuple[Latency, ...]:
+        """The latencies to show. The SLO limits the first: intended latency, or service latency in a closed loop."""
+        return ("intended", "service") if self.settings.open_loop else ("service",)
+
+    @property
     def judged(self) -> Latency:
-        """The latency that the SLO limits: intended latency, or service latency in a closed loop."""
-        return "intended" if self.settings.open_loop else "service"
+        """The latency that the SLO limits."""
+        return self.latencies[0]
 
 
 class RunFile(Table):

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, SloSpec, build_dir, variables_for
 from deepseek.spec.command import end_at_sigterm
-from deepseek.spec.files.folders import write_whole
+from deepseek.spec.files.folders import time_name, write_whole
 from loadtests.load.preflight import check
 from loadtests.load.settings_from_options import inputs_of, settings_fields
 from loadtests.percentiles import ms
@@ -49,9 +49,9 @@ def main(options: argparse.Namespace) -> int:
     if violated:
         raise GateFailed(f"{'; '.join(violated)}: quality does not depend on the load, so no rate meets the SLO")
     console = Console(stderr=True, markup=False)
-    started = datetime.now(UTC)
-    folder = build_dir(options.model) / "capacity" / started.strftime("%Y-%m-%dT%H-%M-%SZ")
-    runner = TrialRunner(spec=spec, settings=settings, served=served, folder=folder, console=console)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    kept = build_dir(options.model) / "capacity"
+    runner = TrialRunner(spec=spec, settings=settings, served=served, folder=kept / time_name(kept), console=console)
     plan = runner.plan(
         start_rps=start_rps,
         duration_s=trial_s,
@@ -87,7 +87,7 @@ def first_rate(asked_rps: float | None, slo: SloSpec) -> float:
     return asked_rps or min(named, default=DEFAULT_START_RPS)
 
 
-def find(runner: TrialRunner, plan: SearchPlan, started: datetime) -> Capacity:
+def find(runner: TrialRunner, plan: SearchPlan, started: str) -> Capacity:
     """Runs the search; if it is interrupted, prints the trials so far."""
     console, settings, served = runner.console, runner.settings, runner.served
     search = RateSearch(plan, runner, show=lambda trial: console.print(trial_line(trial), soft_wrap=True))
@@ -112,7 +112,7 @@ def find(runner: TrialRunner, plan: SearchPlan, started: datetime) -> Capacity:
         settings=ServerSettings.of(served),
         versions=machine.pop("versions", {}),
         machine=machine,
-        started=started.isoformat(timespec="seconds"),
+        started=started,
     )
 
 

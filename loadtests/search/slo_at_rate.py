@@ -12,7 +12,6 @@ Example:
 """
 
 import re
-from dataclasses import replace
 
 from deepseek_client import ModelMetadata
 
@@ -90,10 +89,8 @@ def quality_of(spec: DeploymentSpec, settings: LoadSettings, served: ModelMetada
             continue
         if (found := known.get(line.measure)) is None:
             unknown.append(text)
-        else:
-            limit = line.limit * found["baseline"] if line.of_baseline else line.limit
-            if not replace(line, limit=limit).holds(found["seen"]):
-                violated.append(f"{text} (seen {found['seen']:.4f}, {found['source']})")
+        elif not line.against(found["baseline"]).holds(found["seen"]):
+            violated.append(f"{text} (seen {found['seen']:.4f}, {found['source']})")
     return violated, unknown
 
 

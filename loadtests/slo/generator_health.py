@@ -77,7 +77,7 @@ def _late_at(run: Run, rate: float | None, lines: list[Objective], largest_ms: f
 
     The p99 of the lag may be this share of the largest limit, and the figure of each of these objectives of its own.
     """
-    stretch = run.window if rate is None else run.at_rate(rate)
+    stretch = run.at_rate(rate)
     if stretch is None or not run.settings.open_loop:
         return
     at = "" if rate is None else f" at {rate:g}/s"
@@ -109,7 +109,7 @@ def _late_at(run: Run, rate: float | None, lines: list[Objective], largest_ms: f
 
 def _holds(run: Run, rate: float | None, line: Objective, compared: bool) -> bool:
     """Whether a latency limit holds in spite of the lag, which intended latency includes."""
-    stretch = run.window if rate is None else run.at_rate(rate)
+    stretch = run.at_rate(rate)
     if stretch is None or run.judged != "intended" or (compared and line.percent is not None):
         return False
     return line.holds(value_of(stretch.latency("intended"), line))

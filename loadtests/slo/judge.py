@@ -51,7 +51,7 @@ def _judged(run: Run, slo: SloSpec) -> Iterator[JudgedObjective]:
             yield _judged_quality(run, line)
             continue
         rate = rate_of(line, run.settings, slo)
-        stretch = run.window if rate is None else run.at_rate(rate)
+        stretch = run.at_rate(rate)
         if stretch is None:
             judged = _unmeasured(run, replace(line, rate_rps=rate))
         elif not stretch.planned:
@@ -74,7 +74,7 @@ def _with_status(
 
 
 def _unmeasured(run: Run, line: Objective) -> JudgedObjective:
-    offered = ", ".join(f"{rate:.15g}" for rate in run.rates_rps)
+    offered = ", ".join(f"{rate:.15g}" for rate in run.settings.rates_rps)
     note = f"measured at {offered}/s" if offered else "no steady rate was measured"
     mix, model, rate = run.settings.mix, run.settings.model, f"{line.rate_rps:.15g}"
     which = f"{variables_for(model)} RATE={rate}" if mix is None else f"MIX={mix}, with {rate}/s for {model}"
@@ -195,9 +195,8 @@ def _judged_quality(run: Run, line: Objective) -> JudgedObjective:
     if found is None:
         note = f"not measured for what is served; make parity {variables_for(run.settings.model)}"
         return _with_status(line, math.nan, "inconclusive", note, offered=False)
-    limit = line.limit * found["baseline"] if line.of_baseline else line.limit
     note = f"{found['source']}; fp32 PyTorch {found['baseline']:.4f}"
-    line = replace(line, limit=limit)
+    line = line.against(found["baseline"])
     return _with_status(line, found["seen"], "holds" if line.holds(found["seen"]) else "violated", note)
 
 

@@ -27,8 +27,7 @@ from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.machine.cpu import this_cpu
 from loadtests.report.searches import tuning_page
-from loadtests.search.local_server import EMBEDDED, settings_of_local
-from loadtests.search.server_command import server_command
+from loadtests.search.local_server import EMBEDDED, server_command, settings_of_local
 from loadtests.search.slo_at_rate import objective_lines
 from loadtests.tune.candidate_server import TuneConditions
 from loadtests.tune.search_space import SearchSpace, ServingSettings

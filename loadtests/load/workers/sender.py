@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import gevent
@@ -24,8 +23,8 @@ import numpy as np
 from deepseek_client import InferenceClient, InferenceError, ServerError
 
 from deepseek.spec import DeploymentSpec
-from loadtests.load.inputs import length_classes, named, rows_of, shuffled
-from loadtests.load.preflight import TRIES
+from loadtests.load.inputs import length_classes, shuffled
+from loadtests.load.preflight import TRIES, checked_rows
 from loadtests.load.replay import rows_in
 from loadtests.load.request_log import RequestRecorder
 from loadtests.load.wire.client import WireClient
@@ -81,8 +80,7 @@ class ModelSender:
         self._client_options: dict[str, Any] = {"retries": 0, "retry_budget": None, **client_options}
         spec = DeploymentSpec.of_model(settings.model, settings.models, tuned=os.devnull)  # only signature and axes
         only = None if plan is None else rows_in(plan)
-        found = rows_of(Path(settings.inputs), spec, only, on_route=settings.route is not None)
-        found = named(found, spec) if settings.names else found
+        found = checked_rows(settings, spec, only)
         numbers = shuffled(list(found), settings.seed)
         rows = [found[number] for number in numbers]
         self._plan, self._place_of = plan, {number: place for place, number in enumerate(numbers)}

@@ -24,7 +24,7 @@ import psutil
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement
 from deepseek.spec.processes.children import free_ports
 from loadtests.load.background_load import BackgroundLoad, Stream
-from loadtests.load.inputs import read_inputs
+from loadtests.load.inputs import read_rows
 from loadtests.load.request_log import RequestLog
 from loadtests.results.schedule import segments_of
 from loadtests.results.settings import LoadSettings
@@ -231,7 +231,7 @@ def watched_memory(service: Service, every_s: float = 1.0) -> Iterator[list[dict
 
 
 def first_row(model: Model) -> dict[str, np.ndarray]:
-    return read_inputs(model.inputs)[0]
+    return next(iter(read_rows(model.inputs).values()))
 
 
 def counted(kinds: dict[str, int]) -> str:
