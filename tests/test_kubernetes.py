@@ -150,9 +150,9 @@ def test_triton_is_started_as_the_stack_starts_it(generated: dict[str, Path], na
     objects = build(generated[name])
     container = container_of(objects)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    listens = flags.Endpoints()
+    listens = values_of("serve")
     triton = {"http": listens.http_port, "grpc": listens.grpc_port, "metrics": listens.metrics_port}
-    assert ports == {**triton, "openai": values_of("serve").openai_port}
+    assert ports == {**triton, "openai": listens.openai_port}
     service = find(objects, "Service")["spec"]["ports"]
     assert {port["name"]: port["port"] for port in service} == ports
     assert container["image"] == image
@@ -196,7 +196,7 @@ def test_kserve_runs_the_container_of_the_deployment() -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):  # Knative wants the port's number
         path = ours[probe]["httpGet"]["path"]
         kept = {name: value for name, value in ours[probe].items() if name != "terminationGracePeriodSeconds"}
-        assert container[probe] == {**kept, "httpGet": {"path": path, "port": flags.Endpoints().http_port}}
+        assert container[probe] == {**kept, "httpGet": {"path": path, "port": values_of("serve").http_port}}
     assert predictor["volumes"] == pod_of(committed("base"))["volumes"]
     assert predictor["timeout"] == flags.GATEWAY_EXIT_TIMEOUT_S
     assert 0 < predictor["canaryTrafficPercent"] < 100

@@ -202,9 +202,9 @@ def test_a_second_sigterm_does_not_stop_the_taking_back(
 ) -> None:
     """make and timeout send it twice. A server that needs a restart to serve the old version is named."""
 
-    def back(live: LiveServer, version: int) -> str:
+    def back(live: LiveServer, version: int) -> tuple[bool, str]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return "none: restart it"
+        return False, "none: restart it"
 
     model = tmp_path / "text"
     for version in ("1", "2"):

@@ -19,7 +19,7 @@ from cli.commands import COMMANDS
 from cli.environment import TRITON_WHEEL
 from cli.main import values_of
 from deepseek.spec.machine.triton_release import TRITON_TAG
-from serving.embedded.flags import CLOSED, OPENAI_DRAIN_S, Endpoints, server_flags
+from serving.embedded.flags import CLOSED, OPENAI_DRAIN_S, server_flags
 from serving.stack.server_sizes import OPENAI_MIB
 from tests.conftest import RunHere
 from tests.failing_servers import answering, mute, status
@@ -31,7 +31,7 @@ def test_the_stacks_flags_are_the_embedded_servers_and_close_all_but_inference(r
     command = ("flags", "--repository", "/models", "--address", "0.0.0.0")
     stack = run_here(*command, "--behind-gateway", TRITON_ADMIN_KEY="secret").stdout.splitlines()
     plain = run_here(*command).stdout.splitlines()
-    assert plain == server_flags("/models", Endpoints(address="0.0.0.0"))
+    assert plain == server_flags("/models", address="0.0.0.0")
     assert set(plain) - set(stack) == {"--exit-timeout-secs=3"}
     names = ",".join(CLOSED)
     assert f"--http-restricted-api={names}:triton-admin-key=secret" in stack

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek.spec.files.repository import CONFIG
+from deepseek.spec.files.repository import CONFIG, versions_of
 from deepseek.spec.files.version_files import retire
 from serving.embedded import verified_repository
 from serving.embedded.verified_repository import VerifiedRepository
@@ -29,7 +29,8 @@ def test_an_old_version_that_goes_does_not_reload_the_one_that_is_served(
     assert retire(live) == [1]
     assert list(view.changes()) == []
     release(5)
-    assert [change.versions for change in view.changes()] == [(5,)]
+    assert [change.action for change in view.changes()] == ["load"]
+    assert versions_of(tmp_path / "view" / "text") == [5]
 
 
 @pytest.mark.parametrize("hidden", ["repository", "model", "configuration"])
@@ -89,7 +90,8 @@ def test_a_look_that_fails_is_repeated(
             assert list(view.changes()) == []
     (tmp_path / CONFIG).rename(live / CONFIG)
     assert said == [f"warning   {live.parent}: cannot be read (Stale file handle); what is served keeps serving"]
-    assert [change.versions for change in view.changes()] == [(2,)]
+    assert [change.action for change in view.changes()] == ["load"]
+    assert versions_of(view.folder / "text") == [2]
 
 
 def test_a_version_that_finds_no_room_is_reported_and_taken_later(live: Path, release: Release, disk: Disk) -> None:
@@ -104,7 +106,8 @@ def test_a_version_that_finds_no_room_is_reported_and_taken_later(live: Path, re
     assert [change for _ in range(3) for change in view.changes()] == []
     assert said == ["refused   text: its files cannot be read or linked: [Errno 28] No space left on device"]
     (place / "other").unlink()
-    assert [change.versions for change in view.changes()] == [(2,)]
+    assert [change.action for change in view.changes()] == ["load"]
+    assert versions_of(view.folder / "text") == [2]
 
 
 def test_the_leftovers_of_a_killed_publisher_are_ignored(live: Path, tmp_path: Path) -> None:

@@ -315,7 +315,8 @@ def test_a_version_brought_to_the_repositorys_disk_is_hidden_and_later_only_rena
         assert (newest(live), list(view.changes())) == (1, [])
         monkeypatch.setattr(version_files, "copy", None)
         move_in(near, 2, live, before=1)
-        assert [change.versions for change in view.changes()] == [(2,)]
+        assert [change.action for change in view.changes()] == ["load"]
+        assert versions_of(view.folder / "text") == [2]
         assert not list((tmp_path / "view" / "text").glob(".scratch-*"))
     assert check_version(live, 2)[1] == []
 

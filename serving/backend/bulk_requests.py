@@ -67,8 +67,6 @@ class Copy:
 
 @dataclass(frozen=True)
 class Waiting:
-    """A request that waits."""
-
     request: Copy
     rows: int
     kind: tuple

@@ -29,8 +29,6 @@ class Feed:
 
 
 class ModelInputs:
-    """Reads requests with the model's own inputs."""
-
     def __init__(
         self, folder: str, run_rows: int, added: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None
     ) -> None:

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 
 from deepseek.spec import InputError
@@ -33,14 +32,6 @@ OPENAI_DRAIN_S = LIST_TIMEOUT_S + 5
 VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Endpoints:
-    address: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-
-
 def admin_key() -> str:
     """$TRITON_ADMIN_KEY, or a new random secret."""
     return os.environ.get("TRITON_ADMIN_KEY") or secrets.token_urlsafe()
@@ -48,8 +39,11 @@ def admin_key() -> str:
 
 def server_flags(
     repository: object,
-    endpoints: Endpoints,
     *,
+    address: str = "127.0.0.1",
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
     restricted: tuple[str, ...] = (),
     key: str = "",
     explicit_control: bool = False,
@@ -63,12 +57,12 @@ def server_flags(
     flags = [
         f"--model-repository={repository}",
         "--disable-auto-complete-config",
-        f"--http-address={endpoints.address}",
-        f"--http-port={endpoints.http_port}",
-        f"--grpc-address={endpoints.address}",
-        f"--grpc-port={endpoints.grpc_port}",
-        f"--metrics-address={endpoints.address}",
-        f"--metrics-port={endpoints.metrics_port}",
+        f"--http-address={address}",
+        f"--http-port={http_port}",
+        f"--grpc-address={address}",
+        f"--grpc-port={grpc_port}",
+        f"--metrics-address={address}",
+        f"--metrics-port={metrics_port}",
         f"--exit-timeout-secs={exit_timeout_s}",
     ]
     if explicit_control:
@@ -113,16 +107,13 @@ def trace_flags(url: str, every: int = 0) -> list[str]:
 
 def main(options: argparse.Namespace) -> None:
     """Prints the flags, one per line: `mapfile -t flags < <(deepseek flags ...)`."""
-    endpoints = Endpoints(
+    default_s = GATEWAY_EXIT_TIMEOUT_S if options.behind_gateway else EXIT_TIMEOUT_S
+    flags = server_flags(
+        options.repository,
         address=options.address,
         http_port=options.http_port,
         grpc_port=options.grpc_port,
         metrics_port=options.metrics_port,
-    )
-    default_s = GATEWAY_EXIT_TIMEOUT_S if options.behind_gateway else EXIT_TIMEOUT_S
-    flags = server_flags(
-        options.repository,
-        endpoints,
         restricted=CLOSED if options.behind_gateway else (),
         key=admin_key(),
         exit_timeout_s=options.exit_timeout_s or default_s,

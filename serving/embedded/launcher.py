@@ -25,7 +25,6 @@ from serving.embedded.flags import (
     CONTROL,
     EXIT_TIMEOUT_S,
     GATEWAY_EXIT_TIMEOUT_S,
-    Endpoints,
     admin_key,
     server_flags,
 )
@@ -170,12 +169,12 @@ class EmbeddedServer:
         return StubMonitor(popen.pid, self._verified.folder, self._control)
 
     def _server_flags(self, scratch: Path) -> list[str]:
-        endpoints = Endpoints(
-            address=self.address, http_port=self.http_port, grpc_port=self.grpc_port, metrics_port=self.metrics_port
-        )
         flags = server_flags(
             scratch / "models",
-            endpoints,
+            address=self.address,
+            http_port=self.http_port,
+            grpc_port=self.grpc_port,
+            metrics_port=self.metrics_port,
             restricted=self._restricted,
             key=self._key,
             # Instead of Triton's own polling: this process decides what is loaded, and gets the reason of a failure.

@@ -39,7 +39,6 @@ UNKNOWN: Stamp = ()  # the next look reads the model again
 class ModelChange:
     model: str
     action: Literal["load", "unload"]
-    versions: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +150,7 @@ class VerifiedRepository:
             return None
         self._report(choice, f"{model.name}: version {choice.versions[0]} is served")
         self._show(model, choice)
-        return ModelChange(model=model.name, action="load", versions=choice.versions)
+        return ModelChange(model=model.name, action="load")
 
     def take_back(self, change: ModelChange, reason: str) -> None:
         """Undoes a change that Triton refused."""

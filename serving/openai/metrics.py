@@ -38,7 +38,6 @@ class Metrics:
         self._tokens[model] += tokens
 
     def text(self) -> str:
-        """All metrics."""
         return "".join(f"{line}\n" for line in self._lines())
 
     def _lines(self) -> Iterator[str]:

@@ -26,8 +26,6 @@ METADATA_S = 2.0  # how long a model's metadata counts: a new version may have a
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """A served model that turns texts into vectors, or pairs of texts into scores."""
-
     name: str
     output: str
     size: int

@@ -86,9 +86,9 @@ class SteadyLoad:
             self._process.terminate()
         self._process.communicate()
 
-    def begin(self) -> int | None:
-        """Waits until the load runs; returns the version that the server reports."""
-        return self._read()["version"]
+    def begin(self) -> None:
+        """Waits until the load runs."""
+        self._read()
 
     def change(self) -> None:
         assert self._process.stdin is not None

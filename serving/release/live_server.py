@@ -146,12 +146,12 @@ class LiveServer:
             "the stack on a CPU)"
         )
 
-    def back(self, version: int, timeout_s: float = 30) -> str:
-        """Waits until the server has a version again; returns a line that says whether it has."""
+    def back(self, version: int, timeout_s: float = 30) -> tuple[bool, str]:
+        """Waits until the server has a version again; returns whether it has, and a line that says so."""
         seen, _ = self.wait_for(version, timeout_s)
         if seen != version:
-            return f"the repository has version {version}, the server has {seen or 'none'}: restart it"
-        return f"version {version} serves"
+            return False, f"the repository has version {version}, the server has {seen or 'none'}: restart it"
+        return True, f"version {version} serves"
 
     def wait_for(self, version: int, timeout_s: float) -> tuple[int | None, str]:
         """What `look` returns once the server has the version, or after `timeout_s`."""

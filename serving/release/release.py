@@ -13,15 +13,8 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
-from deepseek.spec import (
-    DeploymentSpec,
-    GateFailed,
-    InputError,
-    InvalidMeasurement,
-    Objective,
-)
+from deepseek.spec import DeploymentSpec, GateFailed, InputError, InvalidMeasurement, Objective
 from deepseek.spec.command import end_at_sigterm
 from deepseek.spec.files.released import WITHDRAWN, last_number
 from deepseek.spec.files.repository import CONFIG
@@ -131,9 +124,9 @@ class Release:
             self.journal.write(outcome="refused")
         else:
             self.journal.withdraw(self.model, self.number, back_to=self.before, outcome="refused")
-            said = self.live.back(self.before)
+            serves, said = self.live.back(self.before)
             self.journal.write(step="taken back", state="holds", said=said)
-            if self.live.look()[0] != self.before:
+            if not serves:
                 print(f"note: {said}", file=sys.stderr, flush=True)
 
     def _settle(self, outcome: Outcome) -> None:
@@ -150,7 +143,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.new_build and not options.new:
         raise InputError(f"--new-build {options.new_build}: name its repository too (--new, NEW=)")
     use_local_port(options)
-    LiveServer.find(options, newest(Path(options.repository) / options.model))
+    LiveServer.find(options, newest(options.repository / options.model))
 
 
 def check_rate(rate: float, lines: list[Objective]) -> None:
@@ -175,18 +168,18 @@ def main(options: argparse.Namespace) -> None:
         )
     if options.rate:
         check_rate(options.rate, lines)
-    if Path(options.repository).exists() and not Path(options.repository).is_dir():
+    if options.repository.exists() and not options.repository.is_dir():
         raise InputError(f"{options.repository}: not a folder; name the model repository that is served (REPOSITORY=)")
     end_at_sigterm()
     with exclusive(options.model) as releases:
-        model = Path(options.repository) / options.model
+        model = options.repository / options.model
         if newest(model) is not None and not (model / CONFIG).is_file():
             raise InputError(f"{model / CONFIG}: no such file; publish it again: make engine")
         live = LiveServer.find(options, newest(model))
         number = last_number(model) + 1
         for left in releases.glob("*/candidate"):  # left by a killed release
             shutil.rmtree(left)
-        where = str(Path(options.repository).resolve())
+        where = str(options.repository.resolve())
         journal = ReleaseJournal(releases, "release", number, before=newest(model), repository=where)
         try:
             Release(Candidate(options, spec, journal, number), live).run()

@@ -79,8 +79,8 @@ class Rollback:
         """Changes the repository and watches only the server's version: it does not answer requests."""
         began_s = time.monotonic()
         self._take_out()
-        said = self.live.back(self.back_to, timeout_s=self.options.switch_s)
-        if "serves" not in said:
+        serves, said = self.live.back(self.back_to, timeout_s=self.options.switch_s)
+        if not serves:
             raise GateFailed(said)
         return f"{said} after {time.monotonic() - began_s:.1f} s; not watched under load: {reason}"
 

@@ -16,8 +16,6 @@ class Skipped(str):
 
 
 class StepRunner:
-    """Runs steps one after the other; records each in the journal before and after, and prints a line."""
-
     def __init__(self, journal: ReleaseJournal, *, as_json: bool) -> None:
         self.journal = journal
         self._people = sys.stderr if as_json else sys.stdout
