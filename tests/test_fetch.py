@@ -205,7 +205,11 @@ def test_members_outside_the_folder_links_devices_and_other_files_are_refused(
 
 @pytest.mark.parametrize(
     ("url", "sha256", "message"),
-    [("s3://b/m", "0" * 64, "must begin with https://"), ("http://h/m", "12", "64 hexadecimal digits")],
+    [
+        ("s3://b/m", "0" * 64, "must begin with https://"),
+        ("https://me:secret@h/m", "0" * 64, "^URL: seen a user name before @; put it into the Secret models-access"),
+        ("http://h/m", "12", "64 hexadecimal digits"),
+    ],
 )
 def test_wrong_input_is_one_line(into: Path, url: str, sha256: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -24,6 +24,7 @@ from tritonclient.utils import InferenceServerException
 from loadtests.load.traffic_file import read_traffic
 from serving.embedded.launcher import EmbeddedServer
 from serving.stack.api_keys import digest
+from serving.stack.gateway_folder import ensure_folder
 from tests.add_one import write_add_one
 from tests.conftest import FREE
 from tests.failing_servers import Relay
@@ -286,3 +287,15 @@ def test_a_folder_without_a_certificate_is_one_line(tmp_path: Path) -> None:
     run = subprocess.run(["docker/gateway/gateway.sh"], env=environment, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: {tmp_path}/tls.crt cannot be read by user ")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_run_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    ensure_folder(tmp_path, [])
+    (tmp_path / "limits.conf").touch()
+    (run_folder := tmp_path / "run").mkdir()
+    os.chown(run_folder, 10001, 10001)
+    settings = {**os.environ, "FOLDER": str(tmp_path), "RUN_FOLDER": str(run_folder)}
+    run = subprocess.run(["docker/gateway/gateway.sh"], env=settings, capture_output=True, text=True, timeout=10)
+    assert (run.returncode, list(run_folder.iterdir())) == (2, [])
+    assert run.stderr.startswith(f"error: {run_folder} belongs to another user")

@@ -21,6 +21,7 @@ for name in tls.crt tls.key limits.conf keys; do
     [ -r "$folder/$name" ] || { echo "error: $folder/$name cannot be read by user $(id -u); it must exist (make stack) and belong to that user" >&2; exit 2; }
 done
 mkdir -p "$run"
+[ -O "$run" ] || { echo "error: $run belongs to another user, who could change what nginx runs; set RUN_FOLDER to a folder of your own" >&2; exit 2; }
 cp "$here"/{nginx.conf,grpc_pass.conf,grpc_error.conf,gateway.js} "$run/"
 ln -sfn "$folder/limits.conf" "$run/limits.conf"
 printf 'pid %s/nginx.pid;\nworker_processes %s;\n' "$run" "${WORKERS:-2}" >"$run/main.conf"

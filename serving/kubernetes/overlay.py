@@ -38,6 +38,7 @@ from serving.observe.alerts import ROLLOUT_MIN, as_yaml, rules
 from serving.observe.recording_rules import Scope
 from serving.repository.archive import pack
 from serving.repository.checks import MANIFEST
+from serving.repository.fetch import check_url
 from serving.repository.served_models import MIB, ServedModel, served_models
 from serving.stack.gateway_folder import gateway_folder
 from serving.stack.gateway_limits import gateway_sizes, limits
@@ -94,8 +95,8 @@ def _check(options: argparse.Namespace) -> None:
     options.triton_tag = check_tag(options.triton_tag or gpu_stack_tag(options.env_file) or TRITON_TAG)
     if not (options.base / "base" / "kustomization.yaml").is_file():
         raise InputError(f"--base {options.base}: no base/kustomization.yaml in it; give the folder kubernetes/")
-    if options.models_url and not re.fullmatch(r"https?://[^/\s\"]+/[^\s\"]*", options.models_url):
-        raise InputError(f"--models-url {options.models_url!r}: it must begin with https:// or http:// and name a file")
+    if options.models_url:
+        check_url("--models-url", options.models_url)
     if options.models_url and not options.models_port:
         raise InputError(f"--models-url {options.models_url!r}: a port is a number from 1 to 65535")
     host_and_port = re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):\d+", options.loadtest_url)

@@ -37,8 +37,7 @@ def fetch(url: str, sha256: str, into: Path, authorization: str = "", retry_s: f
 
     Raises InputError for bad arguments, GateFailed for a wrong archive or a server that stays unreachable.
     """
-    if not re.fullmatch(r"https?://[^/\s]+/\S*", url):
-        raise InputError(f"URL {url!r}: it must begin with https:// or http:// and name a file")
+    check_url("URL", url)
     if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise InputError(f"sha256 {sha256!r}: it must be 64 hexadecimal digits; sha256sum models.tar.gz prints them")
     if not into.is_dir():
@@ -51,6 +50,17 @@ def fetch(url: str, sha256: str, into: Path, authorization: str = "", retry_s: f
         archive.seek(0)
         _unpack(archive, into)
     return {"size_bytes": size_bytes, "models": sorted(path.parent.name for path in into.glob("*/config.pbtxt"))}
+
+
+def check_url(option: str, url: str) -> None:
+    """Raises InputError unless it is the URL of a file, without a password: that would stand in manifests and logs."""
+    if re.match(r"[^/]*//[^/?#]*@", url):
+        raise InputError(
+            f"{option}: seen a user name before @; put it into the Secret models-access, "
+            "which is sent as the header Authorization (DEEPSEEK_MODELS_AUTHORIZATION)"
+        )
+    if not re.fullmatch(r"https?://[^/\s\"]+/[^\s\"]*", url):
+        raise InputError(f"{option} {url!r}: it must begin with https:// or http:// and name a file")
 
 
 def _download(url: str, authorization: str, archive: IO[bytes], deadline: float) -> str:
