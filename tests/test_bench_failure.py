@@ -98,6 +98,7 @@ TWICE, HALF = "a name occurs twice", "half a surrogate pair"  # of two values, T
         (ids(datatype="INT32", data=[1, 2, -(2**31) - 1]), 400, "values of INT32"),  # Triton would take 2**31 - 1
         (ids(datatype="UINT8", data=[1, 2, -1]), 400, "values of UINT8"),
         (ids(datatype="FP32", data=[1, 2, 1e39]), 400, "values of FP32"),
+        *((ids(datatype=each), 400, '"datatype\\" must be one of BYTES, BOOL') for each in ("INT64\0", "int64")),
         (ids(data=[[[[1, 2, 3], 4]]]), 400, "4 in"),
         (with_id('"7", "id": "8"'), 400, TWICE),
         (with_id('"7", "parameters": {"priority": 0, "pri\\u006frity": 0}'), 400, TWICE),

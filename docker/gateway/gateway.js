@@ -241,6 +241,9 @@ function flawOfInput(input) {
         return `${name}: ${flaw}`;
     }
     const count = input.shape.reduce((product, each) => product * each, 1), width = BYTES_OF[input.datatype];
+    if (width === undefined && input.datatype !== 'BYTES') {  // Triton reads INT64\u0000 as INT64
+        return `${name}: "datatype" must be one of BYTES, ${Object.keys(BYTES_OF).join(', ')}`;
+    }
     if (parameters.shared_memory_region !== undefined) {
         return '';  // callers cannot register one, and Triton says so
     }
