@@ -225,6 +225,9 @@ def test_each_request_is_a_line_of_json_with_its_id_and_without_its_key(gateway:
     assert (line["caller"], line["api"], line["status"], line["agent"]) == ("shop", "infer", 200, 'a"b\\')
     _, answer = gateway.http("GET", "/v2", "X-Request-Id: <script>")
     assert re.search(rb"X-Request-Id: [0-9a-f]{32}\r", answer)
+    gateway.http("GET", f"/v2?api_key={gateway.key}", "X-Request-Id: query")  # a caller's mistake
+    (line,) = gateway.lines(id="query")
+    assert (line["path"], line["status"]) == ("a path with an API key", 403)
     assert gateway.key not in gateway.log_path.read_text()
 
 
