@@ -341,6 +341,7 @@ def test_the_pages_commands_for_a_load_test_make_its_key_known_to_the_gateway_be
     block = page[page.index("\n## Load test") :].partition("```sh\n")[2].partition("```")[0]
     before, _, after = block.partition("sleep ")
     assert "kubectl apply --server-side -k" in after
+    assert "--from-literal" not in before  # all users of the machine would see the key in the command line
     kept = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     places = {"DEEPSEEK_BUILD": str(tmp_path / "build"), "VENV": sys.prefix, "ROOT": str(Path.cwd())}
     script = ["bash", "-euo", "pipefail", "-c", HERE + before]
