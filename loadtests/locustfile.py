@@ -72,8 +72,12 @@ def _prepare(environment: Environment, **_: Any) -> None:
     if os.getpid() != MAIN:
         end_with(MAIN)
         runners.MASTER_HEARTBEAT_TIMEOUT = sys.maxsize  # Locust compares the wall clock, which may jump
-    path = Path(environment.parsed_options.settings)  # type: ignore[union-attr]
+    options = environment.parsed_options
+    assert options is not None
+    path = Path(options.settings)
     try:
+        if options.tags:
+            raise InputError(f"--tags {' '.join(options.tags)}: this Locust file has no tags; leave --tags out")
         parts = read_settings(path)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -34,7 +34,6 @@ from tests.add_one import write_add_one
 from tests.conftest import FREE, RunHere, run_module
 from tests.fake_kserve import binary, grpc_serving, http_json, http_serving, triton
 from tests.gateway import wait_for
-from tests.saved_runs import load_settings
 
 SPEC = """
 name = "{name}"
@@ -337,38 +336,6 @@ def test_bad_input_gives_a_one_line_error_before_any_load(
     wanted = settings(tiny, **{"rate_rps": 40.0, **changes})
     with pytest.raises(InputError, match=message):
         check(wanted, DeploymentSpec.of_model("tiny", wanted.models))
-
-
-WRONG = {
-    "{": "Invalid JSON",
-    "{}": "Input should be a valid array; see loadtests/results/settings.py",
-    json.dumps([{**asdict(load_settings(rate_rps=5.0)), "duration_s": -1.0}]): "0: duration_s: Input should be greater",
-}
-READ = """
-import sys
-from pathlib import Path
-from loadtests.locustfile import InputError, read_settings
-
-for name in sys.argv[1:]:
-    try:
-        read_settings(Path(name))
-    except InputError as error:
-        print(error)
-"""  # in a child process, since Locust patches the process that imports it
-
-
-def test_wrong_settings_of_locust_alone_are_one_line(tmp_path: Path) -> None:
-    for number, content in enumerate(WRONG):
-        (tmp_path / f"{number}").write_text(content)
-    files = [str(tmp_path / f"{number}") for number in range(len(WRONG))]
-    read = subprocess.run([sys.executable, "-c", READ, *files], capture_output=True, text=True)
-    for line, message in zip(read.stdout.splitlines(), WRONG.values(), strict=True):
-        assert message in line
-    absent = ("--settings", str(tmp_path / "absent"))
-    run = run_module("locust", "--locustfile", "loadtests/locustfile.py", "--headless", *absent)
-    (line,) = (line for line in run.stderr.splitlines() if "INFO" not in line)
-    assert (run.returncode, line.startswith("error: --s")) == (2, True)
-    assert "No such file or directory; give a JSON list" in line
 
 
 def test_inputs_of_another_model_are_refused(tiny: tuple[EmbeddedServer, Path], tmp_path: Path) -> None:

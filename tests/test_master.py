@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,8 @@ print(json.dumps(runner.told))
 
 def started(folder: Path, **its: Any) -> subprocess.CompletedProcess[str]:
     """A master that three workers with other settings, `its`, join."""
-    return subprocess.run([sys.executable, "-c", REPLACED, folder, json.dumps(its)], capture_output=True, text=True)
+    command = [sys.executable, "-c", REPLACED, folder, json.dumps(its)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LOCUST_PARENT": "1"})
 
 
 def test_a_replacement_worker_sends_the_share_of_the_lost_one(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ other machines count the seconds to the start from the arrival of the message, s
 """
 
 import json
+import os
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Master:
 
     def take_unprepared(self, why: str) -> None:
         """A worker cannot send: ends the test with the reason, since the load would be too low without it."""
-        print(json.dumps({"unprepared": why}), flush=True)
+        _say({"unprepared": why})
         sys.exit(ExitCode.INVALID)
 
     def _await_workers(self) -> list[str]:
@@ -112,13 +113,13 @@ class Master:
                     file.writelines(f"{json.dumps(row)}\n" for row in found)
 
     def take_second(self, second: int, rows: Rows, now: dict[str, int]) -> None:
-        """Takes a second from a worker; the last worker's completes the progress line on standard output."""
+        """Takes a second from a worker; the last worker's completes the progress line."""
         self._write(rows)
         counts = self._now[second]
         counts.update({**now, "workers": 1})
         if counts["workers"] >= min(self._workers, len(self._alive())):
             line = {"second": second, **{name: counts[name] for name in ("completed", "failed", "in_flight")}}
-            print(json.dumps(line), flush=True)
+            _say(line)
             del self._now[second]
 
     def take_last(self, rows: Rows, lengths: Rows, generator: dict[str, Any], **_: Any) -> None:
@@ -152,13 +153,13 @@ class Master:
         with _on_disk():
             write_whole(self._folder / "measured.json", json.dumps(measured))
         self._finished = True
-        print(json.dumps({"finished": True}), flush=True)
+        _say({"finished": True})
         self._end()
 
     def stop(self) -> None:
         """Locust stops the load, as by the button on its page: without the rest of the plan nothing is measured."""
         if not self._finished and self._environment.web_ui is not None:
-            print(json.dumps({"stopped": True}), flush=True)
+            _say({"stopped": True})
 
     def quit(self) -> None:
         """Locust ends, perhaps before the load: by Ctrl-C, `--run-time` or a shape."""
@@ -182,13 +183,23 @@ def shared(part: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in part.items() if name not in OF_THE_MACHINE} | {"replay": replay}
 
 
+def _say(what: dict[str, Any]) -> None:
+    """Tells `deepseek loadtest` something, in a line of JSON.
+
+    If Locust runs alone, the line goes to standard error: standard output has the statistics of Locust's `--json`.
+    """
+    alone = "LOCUST_PARENT" not in os.environ
+    with suppress(BrokenPipeError):  # the reader has left, as in `... | head`; the load goes on
+        print(json.dumps(what), file=sys.stderr if alone else sys.stdout, flush=True)
+
+
 @contextmanager
 def _on_disk() -> Iterator[None]:
     """Ends the test with the reason if the block cannot write."""
     try:
         yield
     except OSError as error:
-        print(json.dumps({"unwritten": [error.errno, error.strerror]}), flush=True)
+        _say({"unwritten": [error.errno, error.strerror]})
         sys.exit(ExitCode.BAD_INPUT)
 
 
