@@ -48,7 +48,7 @@ print(json.dumps(runner.told))
 
 def started(folder: Path, **its: Any) -> subprocess.CompletedProcess[str]:
     """A master that three workers with other settings, `its`, join."""
-    command = [sys.executable, "-c", REPLACED, folder, json.dumps(its)]
+    command = [sys.executable, "-c", REPLACED, str(folder), json.dumps(its)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LOCUST_PARENT": "1"})
 
 
