@@ -14,7 +14,7 @@ from deepseek.spec import BATCH, DeploymentSpec, InputError, build_dir
 from deepseek.spec.deployment import catalogue_of, read_catalogue
 from deepseek.spec.files.repository import versions_of
 from deepseek.spec.vocabulary import CATALOGUE, EXCLUDE, HISTORY, K
-from loadtests.load.inputs import count_rows, named, read_rows
+from loadtests.load.inputs import count_rows, how_to_fix, named, read_rows
 
 
 def infer(options: argparse.Namespace) -> int:
@@ -41,6 +41,8 @@ def infer(options: argparse.Namespace) -> int:
         print("note: the served version has other ids than this build, so the row is sent by name", file=sys.stderr)
         (row,) = named(read_rows(rows, only=[options.row]), spec).values()
         return _call(options, commands.infer, inputs=row, **how)
+    if options.inputs is None and not rows.is_file():
+        raise InputError(f"{rows}: no such file; {how_to_fix(rows)}")
     labels = folder / "labels" if (folder / "labels").exists() and not renumbered else None
     return _call(options, commands.infer, inputs=options.inputs or rows, row=options.row, labels=labels, **how)
 

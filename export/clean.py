@@ -42,8 +42,8 @@ def main(options: argparse.Namespace) -> None:
     if not (published.exists() or built.exists()):
         print(f"clean     no {published} and no {built}")
     with alone_in(built):
-        shutil.rmtree(published, ignore_errors=True)
-        shutil.rmtree(built, ignore_errors=True)
+        _remove(published)
+        _remove(built)
         if model_folders(Path(options.repository)):
             print("clean     other models are left; make stack rewrites the stack's limits and alerts for them")
         else:

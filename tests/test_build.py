@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from queue import SimpleQueue
+from unittest.mock import Mock
 
 import pytest
 
@@ -148,6 +150,14 @@ def test_clean_says_that_a_model_has_nothing_to_remove(tiny: Path, capsys: pytes
     assert not (tiny / "repository" / "tiny").exists()
     clean.main(options_of(tiny, model="typo"))
     assert re.fullmatch(r"clean     no \S+/repository/typo and no \S*typo\n", capsys.readouterr().out)
+
+
+def test_clean_fails_if_it_cannot_remove_the_files_of_another_user(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny / "repository" / "tiny"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("os.rmdir", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", str(folder))))
+    with pytest.raises(PermissionError):
+        clean.main(options_of(tiny))
 
 
 def test_clean_keeps_the_users_own_lines_and_choices(tiny: Path) -> None:

@@ -18,6 +18,7 @@ from deepseek_client.metadata import DTYPES
 from rich.console import Console
 
 from serving.embedded.launcher import EmbeddedServer
+from tests.conftest import RunHere
 from tests.failing_servers import protocols, url_of
 from tests.fake_kserve import SIGNATURE, http_json, http_serving
 
@@ -183,3 +184,9 @@ def test_numbers_that_json_and_numpy_lack_are_shown_and_written(
     assert "1.5000" in capsys.readouterr().out
     with np.load(tmp_path / "answer.npz") as written:
         np.testing.assert_array_equal(written["y"], numbers.astype(written["y"].dtype))
+
+
+def test_infer_of_a_model_that_was_not_built_says_how_to_build_it(tmp_path: Path, run_here: RunHere) -> None:
+    done = run_here("infer", "--model", "minilm", DEEPSEEK_BUILD=str(tmp_path))
+    assert done.returncode == 2
+    assert f"{tmp_path}/minilm/evaluation.npz: no such file; build the model first: make engine MODEL" in done.stderr
