@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from cli.gpu_steps import STACK_DOWN, STACK_UP, GpuStep, Where, ours, steps
 from deepseek.spec import build_dir
-from deepseek.spec.command import end_at_sigterm
+from deepseek.spec.command import ExitCode, end_at_sigterm
 from deepseek.spec.files.folders import alone_in, write_whole
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from deepseek.spec.processes.children import ends_with_us, free_ports
@@ -35,7 +35,6 @@ from loadtests.report.page import card, document, facts
 from serving.doctor.machine import Machine
 
 FP8 = "8.9"  # Ada, the first compute capability with FP8
-INCONCLUSIVE = 3  # exit code of a measurement that decides nothing
 LAST_LINES = 12
 MODELS = ("recommender", "minilm")
 SLOWEST_STOP_S = 10
@@ -119,7 +118,7 @@ def run(step: GpuStep, log: Path, environment: dict[str, str]) -> StepResult:
                 _end(process)
     lines = log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
     outcome: Outcome = "failed" if reason else "passed"
-    if code == INCONCLUSIVE and step.command[:3] == ours():
+    if code == ExitCode.INVALID and step.command[:3] == ours():
         outcome = "inconclusive"
     seconds = round(time.monotonic() - began, 1)
     return StepResult.of(step, outcome, reason, seconds=seconds, last_lines=tuple(lines), log=str(log))
@@ -182,7 +181,9 @@ def main(options: argparse.Namespace) -> int:
     else:
         print(folder / "gpu-check.html", folder / "gpu-check.json", sep="\n")
     outcomes = {each.outcome for each in results.values()}
-    return 1 if "failed" in outcomes else 3 if outcomes != {"passed"} else 0
+    if "failed" in outcomes:
+        return ExitCode.GATE_FAILED
+    return ExitCode.PASS if outcomes == {"passed"} else ExitCode.INVALID
 
 
 def line(result: StepResult) -> str:

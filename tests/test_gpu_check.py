@@ -16,7 +16,8 @@ from cli import gpu_check
 from cli.gpu_check import StepResult, missing, run, unmet
 from cli.gpu_steps import GpuStep, Where, steps
 from cli.main import values_of
-from serving.doctor.machine import Gpu, Machine
+from deepseek.spec.machine.gpus import Gpu
+from serving.doctor.machine import Machine
 from tests.conftest import RunHere
 from tests.gateway import wait_for
 

@@ -134,19 +134,18 @@ class Checkpoint:
             )
         modules = read_modules(folder)
         inside = modules[0].folder if modules else folder
-        config = read_object(inside / "config.json", _why_no_config(inside))
-        kind = _kind(inside / "config.json", config, modules)
+        path = inside / "config.json"
+        config = read_object(path, _why_no_config(inside))
+        kind = _kind(path, config, modules)
         wanted = task
-        task, pairs = _task(inside / "config.json", config, wanted, kind)
+        task, pairs = _task(path, config, wanted, kind)
         limits = _limits(inside, config, kind)
         prompts, default_prompt = _prompts(folder, task)
-        types = whole_number(inside / "config.json", config, "type_vocab_size", kind.types) > 1
-        path = inside / "tokenizer_config.json"
-        tokenizer = tokenizer_settings(path)
+        types = whole_number(path, config, "type_vocab_size", kind.types) > 1
+        tokenizer_path = inside / "tokenizer_config.json"
+        tokenizer = tokenizer_settings(tokenizer_path)
         size = next((key for key in ("dim", "d_model") if key in config), "hidden_size")
-        pooling = read_pooling(
-            folder, modules, whole_number(inside / "config.json", config, size), with_prompts=bool(prompts)
-        )
+        pooling = read_pooling(folder, modules, whole_number(path, config, size), with_prompts=bool(prompts))
         kept = whole_number(folder / SENTENCE_SETTINGS, read_optional(folder / SENTENCE_SETTINGS), "truncate_dim", 0)
         types &= "token_type_ids" in (tokenizer.get("model_input_names") or usual_inputs(tokenizer))
         return cls(
@@ -154,13 +153,12 @@ class Checkpoint:
             task=task,
             width=min(kept or pooling.width, pooling.width),
             kept=kept,
-            labels=_labels(inside / "config.json", config),
+            labels=_labels(path, config),
             multi_label=config.get("problem_type") == "multi_label_classification",
-            assumes_pairs=(wanted, task) == ("auto", "cross-encoder")
-            and not _is_cross_encoder(inside / "config.json", config),
+            assumes_pairs=(wanted, task) == ("auto", "cross-encoder") and not _is_cross_encoder(path, config),
             pooling=pooling,
             model=kind.model,
-            padding=whole_number(inside / "config.json", config, "pad_token_id", kind.padding),
+            padding=whole_number(path, config, "pad_token_id", kind.padding),
             token_types=types and pairs,
             longest=min(LONGEST, *limits.values()),
             limits=limits,
@@ -170,7 +168,7 @@ class Checkpoint:
             prompts=prompts,
             default_prompt=default_prompt,
             truncation_side=tokenizer.get("truncation_side"),
-            class_settings=class_settings(path, tokenizer, config["model_type"]),
+            class_settings=class_settings(tokenizer_path, tokenizer, config["model_type"]),
         )
 
 

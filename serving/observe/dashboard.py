@@ -8,7 +8,7 @@ models need them.
 from typing import Any, Literal
 
 from deepseek.spec.metric_windows import QUEUES
-from serving.observe.alerts import BURNS
+from serving.observe.alerts import BURNS, CERTIFICATE
 from serving.observe.recording_rules import DURATION, OPENAI_DURATION, OPENAI_REQUESTS, READY, failures
 from serving.repository.served_models import ServedModel, has_openai_routes
 
@@ -201,7 +201,7 @@ def _openai() -> list[Panel]:
 
 def _machine(jobs: str) -> list[Panel]:
     memory = "nv_cpu_memory_used_bytes / nv_cpu_memory_total_bytes"
-    certificate = "gateway_certificate_expiry_timestamp_seconds - time()"
+    certificate = f"{CERTIFICATE} - time()"
     return [
         _panel(
             "CPU and memory", "percentunit", {"CPU {{instance}}": "nv_cpu_utilization", "memory {{instance}}": memory}
