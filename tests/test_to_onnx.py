@@ -260,6 +260,18 @@ def test_long_inputs_are_extended_with_other_samples_so_that_no_score_repeats() 
     assert np.array_equal(inputs["input_ids"], inputs["attention_mask"])
 
 
+def test_both_axes_of_an_image_are_extended_with_other_samples(tmp_path: Path) -> None:
+    image = '["batch", "height", "width"]'
+    axes = "".join(f"[axes.{name}]\nmin = 2\nopt = 3\nmax = 8\n" for name in ("height", "width"))
+    spec = tiny(tmp_path, toml=TOML.replace('["batch", 8]', image) + axes).spec
+    rows = [{"x": 100 * each + np.arange(2 * (2 + each)).reshape(1, 2 + each, 2)} for each in range(6)]
+    larger = inputs_at(spec, rows, {"batch": 1, "height": 5, "width": 4})["x"][0]
+    assert larger.tolist()[:2] == [[0, 1, 100, 101], [2, 3, 102, 103]]
+    assert len(np.unique(larger)) == 20
+    smaller = inputs_at(spec, rows[3:], {"batch": 2, "height": 2, "width": 1})["x"]
+    assert smaller.tolist() == [[[300], [302]], [[400], [402]]]
+
+
 LENGTHS = (
     TOML.replace('float32"\nshape = ["batch", 8]', 'int64"\nshape = ["batch", "length"]', 1).replace(
         "[outputs", '[inputs.lengths]\ndtype = "int64"\nshape = ["batch", 1]\n[outputs'

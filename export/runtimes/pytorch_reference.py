@@ -106,24 +106,27 @@ def _sized_by(spec: DeploymentSpec) -> dict[str, tuple[str, int]]:
 
 
 def _at_sizes(arrays: Iterator[np.ndarray], shape: tuple[int | str, ...], sizes: dict[str, int]) -> np.ndarray:
-    """The first array at `sizes`. Its last axis continues with the next arrays, others repeat its own values.
+    """The first array at `sizes`: each axis within the row continues with the next arrays.
 
-    If all axes repeated their values, an arg-max or top-k would meet equal scores, whose order is undefined.
+    If an axis repeated its own values, an arg-max or top-k would meet equal scores, whose order is undefined.
     """
-    *others, last = [place for place, dim in enumerate(shape) if isinstance(dim, str)]
+    return _continued(
+        arrays, [(place, sizes[dim]) for place, dim in enumerate(shape) if place and isinstance(dim, str)]
+    )
 
-    def fitted(array: np.ndarray) -> np.ndarray:
-        for place in others[1:]:
-            array = np.take(array, np.arange(sizes[str(shape[place])]) % array.shape[place], axis=place)
-        return array
 
-    array = fitted(next(arrays))
-    if last == 0:  # the batch is the only axis
-        return array
-    size = sizes[str(shape[last])]
-    while array.shape[last] < size:
-        array = np.concatenate([array, fitted(next(arrays))], axis=last)
-    return np.take(array, np.arange(size), axis=last)
+def _continued(arrays: Iterator[np.ndarray], axes: list[tuple[int, int]]) -> np.ndarray:
+    """An array with each of `axes`, a dimension and its size. Parts side by side are cut to the smallest of them."""
+    if not axes:
+        return next(arrays)
+    (place, size), *within = axes
+    parts: list[np.ndarray] = []
+    while sum(part.shape[place] for part in parts) < size:
+        parts.append(_continued(arrays, within))
+    least = np.min([part.shape for part in parts], axis=0)
+    least[place] = size
+    cut = tuple(slice(each) for each in least)
+    return np.concatenate([part[cut] for part in parts], axis=place)[cut]
 
 
 def check_memory(spec: DeploymentSpec, rows: list[Row]) -> None:
