@@ -232,6 +232,12 @@ def test_the_users_own_settings_of_locust_do_not_change_the_load(
     assert list(tmp_path.glob("csv*")) == []
 
 
+def test_a_log_has_no_progress_bar_even_if_it_has_colours(tiny: tuple[EmbeddedServer, Path], run_here: RunHere) -> None:
+    wanted = settings(tiny, rate_rps=40.0, warmup_s=0.0, duration_s=1.0)
+    done = run_here(*words(wanted), FORCE_COLOR="1")
+    assert ("\x1b[" in done.stderr, "starting" in done.stderr, "measuring" in done.stderr) == (True, False, False)
+
+
 def test_locust_alone_that_is_stopped_before_the_end_of_the_load_fails(
     tiny: tuple[EmbeddedServer, Path], tmp_path: Path
 ) -> None:

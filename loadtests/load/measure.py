@@ -228,7 +228,8 @@ def _write_settings(loads: Sequence[ModelLoad], path: Path) -> None:
 def _show_progress(process: subprocess.Popen[str], settings: LoadSettings, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[now]}"))
     assert process.stdout is not None
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.file.isatty()  # rich's own `is_terminal` is also true for a log with FORCE_COLOR=1, as in CI
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         bar = progress.add_task("starting", total=settings.warmup_s + settings.duration_s, now="")
         for line in process.stdout:
             if not line.startswith("{"):

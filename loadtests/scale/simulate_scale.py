@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> None:
     if late is None:
         limit = error_limit_at(spec.slo, curve.capacity_rps)
         late = spec.slo.max_error_rate if limit is None else limit
-    shown = track(wanted, "replaying", console=console, transient=True, disable=not console.is_terminal)
+    shown = track(wanted, "replaying", console=console, transient=True, disable=not console.file.isatty())
     choice = choose(rates, curve, settings, shown, max_replicas=max_replicas, late=late)
     facts = {"traffic": traffic, "margin": options.margin, "setup": asdict(settings)}
     found = result(choice, capacity, max_replicas, facts)
