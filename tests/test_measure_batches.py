@@ -99,11 +99,25 @@ def test_texts_are_joined_for_longer_than_they_run_at_once() -> None:
     assert (plan.run_rows, plan.preferred_batch, plan.queue_timeout_ms) == (4, 8, 139)  # 66.7 ms / 7.5; 200 - 30.5 - 30
     assert plan.reasons["preferred_batch"] == "texts of 7.5 ms each within 66.7 ms (p99 / 3), at least 4"
     assert batching_of(spec, measured_as({1: 60.0})).preferred_batch == 1
-    assert batching_of(spec, measured_as(ENCODER, at_once=1)).preferred_batch == 4  # two take turns: 15 ms a text
-    alone = spec.model_copy(update={"batching": spec.batching.model_copy(update={"instances": 1, "threads": 1})})
-    assert batching_of(alone, measured_as(ENCODER, instances=1, at_once=1)).preferred_batch == 6  # 200 ms / 4 / 7.5 ms
     by_hand = spec.model_copy(update={"batching": spec.batching.model_copy(update={"preferred_batch": 32})})
     assert batching_of(by_hand, measured_as(ENCODER)).run_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "instances", "texts", "timeout_ms"),
+    [
+        ({1: 2.6, 8: 16.8, 16: 35.0}, 1, 11, 152),  # 2.1 ms a text; 25 ms are p99 / 8
+        (ENCODER, 1, 4, 139),  # 7.5 ms a text: 3 take p99 / 8, and 4 not more than p99 / 4
+        (ENCODER, 2, 3, 109),  # two take turns, 15 ms a text: 4 take more than p99 / 4
+        ({1: 60.0}, 1, 1, 79),
+    ],
+)
+def test_on_one_core_two_batches_of_texts_are_ahead(
+    times_ms: dict[int, float], instances: int, texts: int, timeout_ms: int
+) -> None:
+    spec = spec_of(instances=instances).model_copy(update={"text": TextSpec(tokenizer="tokenizer.json")})
+    plan = batching_of(spec, measured_as(times_ms, at_once=1, instances=instances))
+    assert (plan.preferred_batch, plan.queue_timeout_ms) == (texts, timeout_ms)
 
 
 def test_a_model_too_slow_for_its_slo_lets_a_request_wait_for_one_batch() -> None:

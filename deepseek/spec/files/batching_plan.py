@@ -9,11 +9,13 @@ The arithmetic, with L the SLO's p99, t(b) the time of a batch of b rows, and n 
   request may wait for a running batch, and for one ahead of it in the queue, before its own: three of the four. s is
   what a batch costs the server beside the model (SERVER_MS). More rows run in equal parts of at least b.
 - `preferred_batch` is b, but at most as many requests as cost the server L / 4, of REQUEST_MS each. For texts, it is
-  the most rows that take up to L / 3, or L / 4 if one batch runs at once: then two whole batches are ahead of a
-  request. They run in parts of similar length, and each is answered when its part is done. More texts need less
-  padding, but raise the tail in an overload (docs/research/2026-11-texts-in-parts.md).
-- `queue_timeout_ms` is L - T - t, with t the time of such a batch (or b texts), and T = t + its cost to the server: a
-  request that waits longer cannot be answered in time. T is its own batch, t a reserve for longer rows and noise.
+  the most rows that take up to L / 3, at least b. If one batch runs at once, two whole batches are ahead of a request:
+  then it is the rows that take up to L / 8, or up to LEAST_TEXTS if these take up to L / 4. Texts run in parts of
+  similar length, and each is answered when its part is done. More texts need less padding, but raise the tail
+  (docs/research/2026-11-texts-in-parts.md).
+- `queue_timeout_ms` is L - T - t, with t the time of such a batch (of b texts, if several batches run at once), and
+  T = t + its cost to the server: a request that waits longer cannot be answered in time. T is its own batch, t a
+  reserve for longer rows and noise.
 - `max_queue_size` is four times the number of requests, each of the fewest rows, that n instances serve within that
   time, at least LEAST_QUEUE:
   shorter rows take less time, and a caller that a full queue refuses often retries at once, which takes the cores from
@@ -33,6 +35,8 @@ from deepseek.spec.tables import BATCH
 KEPT_THROUGHPUT = 0.97
 BATCHES_IN_LIMIT = 4  # a batch takes at most this part of the SLO's p99
 TEXTS_IN_LIMIT = 3  # as above, for joined texts, if several batches run at once
+TEXTS_ALONE_IN_LIMIT = 8  # the same, if one batch runs at once
+LEAST_TEXTS = 4  # fewer need too much padding
 QUEUE_RESERVE = 4
 LEAST_QUEUE, MOST_QUEUE = 128, 100_000
 # Without a measurement.
@@ -64,7 +68,11 @@ def batching_of(spec: DeploymentSpec, measured: MeasuredBatches | None, precisio
         joined = _texts(fitting, run, largest, limit_ms) if spec.text else _requests(run, rows_each, limit_ms)
         batch, reasons["preferred_batch"] = joined or (run, reasons["run_rows"])
     typical = min(run or largest, batch or largest)
-    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, typical, rows_each, limit_ms)
+    model_ms = fitting.ms_of(typical) if fitting else 0.0
+    if fitting and run and spec.text and fitting.at_once == 1:
+        typical = batch or largest
+        model_ms = typical * _text_ms(fitting, run)
+    timeout_ms, reasons["queue_timeout_ms"] = _timeout(fitting, model_ms, typical, rows_each, limit_ms)
     timeout_ms = max(timeout_ms, math.ceil(2 * batching.max_queue_delay_us / 1000))
     if batching.queue_timeout_ms is not None:
         timeout_ms, reasons["queue_timeout_ms"] = batching.queue_timeout_ms, "set by hand"
@@ -102,12 +110,20 @@ def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: 
     )
 
 
+def _text_ms(measured: MeasuredBatches, run: int) -> float:
+    """Time of a joined text, while all instances are busy."""
+    return measured.turns * measured.ms_of(run) / run
+
+
 def _texts(measured: MeasuredBatches, run: int, most: int, limit_ms: float) -> tuple[int, str]:
     """The most texts to join, and why."""
-    share = TEXTS_IN_LIMIT if measured.at_once > 1 else BATCHES_IN_LIMIT
-    row_ms, part_ms = measured.turns * measured.ms_of(run) / run, limit_ms / share
-    rows = min(most, max(run, math.floor(part_ms / row_ms)))
-    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {share}), at least {run}"
+    row_ms = _text_ms(measured, run)
+    share, least = TEXTS_IN_LIMIT, run
+    if measured.at_once == 1:
+        share, least = TEXTS_ALONE_IN_LIMIT, max(1, min(LEAST_TEXTS, math.floor(limit_ms / BATCHES_IN_LIMIT / row_ms)))
+    part_ms = limit_ms / share
+    rows = min(most, max(least, math.floor(part_ms / row_ms)))
+    return rows, f"texts of {row_ms:.3g} ms each within {part_ms:.3g} ms (p99 / {share}), at least {least}"
 
 
 def _requests(run: int, rows_each: int, limit_ms: float) -> tuple[int, str] | None:
@@ -121,13 +137,15 @@ def _requests(run: int, rows_each: int, limit_ms: float) -> tuple[int, str] | No
     return rows, f"{count} requests of {REQUEST_MS:g} ms for the server each, {within}"
 
 
-def _timeout(measured: MeasuredBatches | None, rows: int, rows_each: int, limit_ms: float | None) -> tuple[int, str]:
+def _timeout(
+    measured: MeasuredBatches | None, model_ms: float, rows: int, rows_each: int, limit_ms: float | None
+) -> tuple[int, str]:
     """How long a request may wait, in ms, and why."""
     if limit_ms is None:
         return DEFAULT_TIMEOUT_MS, "the default, for an SLO without a latency"
     if measured is None:
         return max(1, math.floor(SHARE_IN_QUEUE * limit_ms)), f"half of p99, {limit_ms:g} ms; no batch was measured"
-    model_ms, batch_ms = measured.ms_of(rows), measured.joined_ms(rows, rows_each)
+    batch_ms = model_ms + measured.server_ms(rows, rows_each)
     left_ms = limit_ms - batch_ms - model_ms
     if left_ms >= batch_ms:
         batch = f"{batch_ms:.3g} ms, a batch in the server - {model_ms:.3g} ms, the model's part again"

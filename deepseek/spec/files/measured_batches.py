@@ -70,7 +70,11 @@ class MeasuredBatches(Table):
 
     def joined_ms(self, rows: int, rows_each: int = 1) -> float:
         """Time of a batch that joins requests of `rows_each`, with what it costs the server."""
-        return self.ms_of(rows) + SERVER_MS + REQUEST_MS * rows / rows_each
+        return self.ms_of(rows) + self.server_ms(rows, rows_each)
+
+    def server_ms(self, rows: int, rows_each: int = 1) -> float:
+        """What such a batch costs the server beside the model."""
+        return SERVER_MS + REQUEST_MS * rows / rows_each
 
     def requests_per_s(self, rows: int, rows_each: int = 1) -> float:
         """Requests per second of the server, in batches of `rows`."""
