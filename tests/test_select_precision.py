@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from deepseek.precisions import Precision
-from deepseek.spec import DeploymentSpec, Target
+from deepseek.spec import DeploymentSpec, GateFailed, Target
 from deepseek.spec.paired_drop import DropJudgement, values_of
 from export.artifact import engine_path, onnx_path
 from export.model_folder import ModelFolder, Predict
@@ -67,6 +67,19 @@ def test_a_candidate_that_does_not_run_is_refused_with_its_reason(
 ) -> None:
     monkeypatch.setattr(select_precision, "variant_predictor", lambda *_: predict)
     assert select_precision._failure(IMAGE, "fp16", target) == why
+
+
+def test_a_graph_that_fails_is_one_line_which_names_its_precision(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = ModelFolder("text", "tests/models")
+    predict = onnx_predictor(source.spec, onnx_path("text", "fp32"), "onnxruntime")
+    wrong = {name: np.full((1, 5), 10_000) for name in source.spec.inputs}
+    monkeypatch.setattr(select_precision, "variant_predictor", lambda *_: lambda _: predict(wrong))
+    comparison = select_precision._Comparison(source=source, target="onnxruntime", only="fp32")
+    with pytest.raises(GateFailed, match=r"^fp32 could not be made: its graph does not run: .*out of data bounds"):
+        comparison.accuracies(["fp32"])
+    assert capfd.readouterr().err == ""
 
 
 def test_a_candidate_that_could_not_be_made_is_refused_with_its_recorded_reason(own_build: Path) -> None:

@@ -55,7 +55,7 @@ def onnx_predictor(spec: DeploymentSpec, path: Path, target: Target) -> Predict:
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
     options.intra_op_num_threads = batching.threads or max(1, cores() // batching.instances)
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised
     options.add_session_config_entry("session.force_spinning_stop", "1")  # otherwise idle threads slow the next variant
     session = opened(path, options, spec.onnxruntime.provider, spec.provider_options)
     return lambda inputs: dict(zip(spec.outputs, session.run(list(spec.outputs), inputs), strict=True))

@@ -145,8 +145,8 @@ class _Comparison:
         for name in tried:
             if why := _refusal(spec, name, self.target) or _outdated(spec, name) or _failure(spec, name, self.target):
                 self.refused[name] = why
-        if reasons := [self.refused[name] for name in needed if name in self.refused]:
-            raise GateFailed(reasons[0])
+        if refused := [name for name in needed if name in self.refused]:
+            raise GateFailed(f"{refused[0]} could not be made: {self.refused[refused[0]]}")
         variants: dict[str, dict[str, Any]] = {}
         for name in [name for name in tried if name not in self.refused]:
             with log.status(f"{name} on {self.target}"):
