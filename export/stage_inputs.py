@@ -60,10 +60,12 @@ class StageInputs:
 
     def _data(self) -> dict[str, str]:
         """The file that DATA names, or each file of the folder."""
-        data = Path(self._plan.data or "")
-        if self._plan.data and data.is_dir():
+        if not self._plan.data:
+            return {"DATA": ABSENT}
+        data = Path(self._plan.data)
+        if data.is_dir():
             return {"DATA": "a folder"} | {f"DATA/{name}": self._digest(path) for name, path in files_in(data).items()}
-        return {"DATA": self._digest(data) if self._plan.data else ABSENT}
+        return {"DATA": self._digest(data) if data.exists() else "no file"}  # not ABSENT: model.py then refuses it
 
     def _model_folder(self) -> dict[str, Path]:
         skipped = {"deploy.toml", self._plan.spec.tuned}

@@ -126,6 +126,11 @@ def test_each_file_of_a_folder_of_data_counts(engine: Run, tiny: Path, capsys: p
     assert f"engine    DATA is not set; the last build had DATA={logs}\n" in capsys.readouterr().out
 
 
+def test_data_that_does_not_exist_is_not_taken_for_none(engine: Run, tiny: Path) -> None:
+    engine()
+    assert engine(data=str(tiny / "absent.csv"))[0] == "train"  # whose model.py refuses it
+
+
 Change = Callable[[Path, pytest.MonkeyPatch], object]
 
 
