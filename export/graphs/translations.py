@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from onnx import TensorProto, numpy_helper
 from onnxscript import opset20
-from onnxscript.function_libs.torch_lib.ops.core import aten_stft
+from onnxscript.function_libs.torch_lib.ops.core import aten_index_put, aten_stft
 
 op: Any = opset20  # its types are those of whole functions of onnxscript
 EXACT_ENTRIES = 16  # of a vector; longer ones would need too much memory for their differences
@@ -121,6 +121,16 @@ def _cdist(first: Any, second: Any, p: float, compute_mode: int | None) -> Any:
     return op.Pow(powers, op.CastLike(1 / p, first))
 
 
+def _index_put(values: Any, indices: Any, changed: Any, accumulate: bool = False) -> Any:
+    """The exporter's own writes at int32 indices, as torch.istft has, with ScatterND, which takes only int64."""
+    indices = list(indices)
+    for place, index in enumerate(indices):
+        if index is not None and index.dtype.name == "INT32":
+            indices[place] = op.Cast(index, to=TensorProto.INT64)
+            indices[place].shape = index.shape  # aten_index_put reads it
+    return aten_index_put(values, indices, changed, accumulate)
+
+
 def _stft(
     signal: Any,
     n_fft: int,
@@ -170,5 +180,7 @@ TRANSLATIONS: dict[Callable, Callable] = {
     torch.ops.aten.sort.stable: _stable_sort,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
     torch.ops.aten._cdist_forward.default: _cdist,
+    torch.ops.aten.index_put.default: _index_put,
+    torch.ops.aten._unsafe_index_put.default: _index_put,
     torch.ops.aten.stft.default: _stft,
 }
