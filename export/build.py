@@ -76,6 +76,7 @@ class Builder:
         """Runs the stages that have to run; their processes inherit `lock`."""
         if not self.plan.data and (last := last_options(self.plan.model).get("data")):
             print(f"engine    DATA is not set; the last build had DATA={last}", flush=True)
+        last_build, ran = self._record.get(LAST), False
         self._record[LAST] = {"options": {"data": self.plan.data, "prune": self.plan.prune}}
         self._save_record()
         for place, stage in enumerate(stages):
@@ -90,7 +91,14 @@ class Builder:
             self._save_record()
             self.digests.save()
             before = _files(stage)
-            self._execute(stage, lock)
+            try:
+                self._execute(stage, lock)
+            except SystemExit:
+                if last_build and not ran:  # the files are still those of the last build
+                    self._record[LAST] = last_build
+                    self._save_record()
+                raise
+            ran = True
             after = _files(stage)
             if missing := [path for path in stage.writes if path not in after or after == before]:
                 raise InputError(

@@ -17,7 +17,7 @@ import pytest
 from deepseek.spec import InputError
 from deepseek.spec.files.folders import alone_in
 from export import build, cache, clean
-from export.artifact import weights_path
+from export.artifact import last_options, weights_path
 from export.pipeline import Stage
 from serving.stack.write_env_file import OWN, WRITTEN
 from tests.test_pipeline import CHOSEN, DEPLOY, GRAPHS, MEASURE, SELECT, Run, engine, options_of, tiny
@@ -212,6 +212,18 @@ def test_a_failed_stage_ends_the_build_with_its_exit_code(
     with pytest.raises(SystemExit) as caught:
         build.build(options_of(tiny), publish=False)
     assert caught.value.code == expected
+
+
+def test_a_build_whose_training_fails_leaves_the_data_of_the_last_one(
+    engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("good.csv", "bad.csv"):
+        (tiny / name).write_text(name)
+    engine(data=str(tiny / "good.csv"))
+    monkeypatch.setattr(build.Builder, "_execute", Mock(side_effect=SystemExit(2)))
+    with pytest.raises(SystemExit):
+        engine(data=str(tiny / "bad.csv"))
+    assert last_options("tiny")["data"] == str(tiny / "good.csv")
 
 
 @pytest.mark.parametrize("built_before", [False, True])
