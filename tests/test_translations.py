@@ -63,6 +63,7 @@ OPERATORS = {
     "spectrum": "torch.view_as_real(stft(x, 6, 2, 2, self.line.weight[0, :2], normalized=True)).flatten(1)[:, 10:18]",
     "spectrum_in_double": "stft(x.double(), 8, window=self.line.weight[0].double()).abs()[:, 0, :1].float() + x",
     "signal": "torch.istft(stft(x, 4, 2, window=self.line.weight[0, :4].abs() + 1), 4, 2, length=8)",
+    "read": "x[torch.arange(x.shape[0]).int()[:, None], ids.int()]",
     "spectrum_of_all": "stft(x.flatten(), 8, 8, center=False, onesided=False).real.T",
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from onnx import TensorProto, numpy_helper
 from onnxscript import opset20
-from onnxscript.function_libs.torch_lib.ops.core import aten_index_put, aten_stft
+from onnxscript.function_libs.torch_lib.ops.core import aten_index, aten_index_put, aten_stft
 
 op: Any = opset20  # its types are those of whole functions of onnxscript
 EXACT_ENTRIES = 16  # of a vector; longer ones would need too much memory for their differences
@@ -121,14 +121,23 @@ def _cdist(first: Any, second: Any, p: float, compute_mode: int | None) -> Any:
     return op.Pow(powers, op.CastLike(1 / p, first))
 
 
+def _index(values: Any, indices: Any) -> Any:
+    """The exporter's own reads at int32 indices with GatherND, which takes only int64."""
+    return aten_index(values, _in_int64(indices))
+
+
 def _index_put(values: Any, indices: Any, changed: Any, accumulate: bool = False) -> Any:
     """The exporter's own writes at int32 indices, as torch.istft has, with ScatterND, which takes only int64."""
+    return aten_index_put(values, _in_int64(indices), changed, accumulate)
+
+
+def _in_int64(indices: Any) -> list[Any]:
     indices = list(indices)
     for place, index in enumerate(indices):
         if index is not None and index.dtype.name == "INT32":
             indices[place] = op.Cast(index, to=TensorProto.INT64)
-            indices[place].shape = index.shape  # aten_index_put reads it
-    return aten_index_put(values, indices, changed, accumulate)
+            indices[place].shape = index.shape  # the exporter reads it
+    return indices
 
 
 def _stft(
@@ -180,6 +189,8 @@ TRANSLATIONS: dict[Callable, Callable] = {
     torch.ops.aten.sort.stable: _stable_sort,
     torch.ops.aten.searchsorted.Tensor: _searchsorted,
     torch.ops.aten._cdist_forward.default: _cdist,
+    torch.ops.aten.index.Tensor: _index,
+    torch.ops.aten._unsafe_index.Tensor: _index,
     torch.ops.aten.index_put.default: _index_put,
     torch.ops.aten._unsafe_index_put.default: _index_put,
     torch.ops.aten.stft.default: _stft,
