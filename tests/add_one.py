@@ -1,4 +1,4 @@
-"""`add_one`, a small model of Triton's Python backend: y = x + 1."""
+"""`add_one`, a small model of Triton's Python backend: y = x + 1; and a change of any file of a model."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ parameters { key: "text" value { string_value: "{\"max_texts\": 8, \"max_bytes\"
 """
 
 
+def replace_in(path: Path, old: str, new: str) -> None:
+    """Replaces a text in a file, which must have it."""
+    text = path.read_text()
+    assert old in text, f"{path}: no {old}"
+    path.write_text(text.replace(old, new))
+
+
 def write_add_one(
     repository: Path, name: str = "add_one", *, delay_s: float = 0.0, queue: int = 64, instances: int = 2
 ) -> None:
@@ -56,5 +63,4 @@ def write_add_one(
 def write_for_gpu(repository: Path) -> None:
     """Writes `add_one` as an engine of TensorRT that takes texts, for commands that only read its configuration."""
     write_add_one(repository)
-    config = repository / "add_one" / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "python"', 'backend: "tensorrt"') + TAKES_TEXTS)
+    replace_in(repository / "add_one" / "config.pbtxt", 'backend: "python"', f'{TAKES_TEXTS}backend: "tensorrt"')

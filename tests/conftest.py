@@ -38,7 +38,7 @@ from serving.kubernetes import overlay
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
 from tests.add_one import write_add_one, write_for_gpu
-from tests.failing_servers import MakeRelays, Relay
+from tests.failing_servers import MakeRelays, Relay, url_of
 from tests.gateway import Gateway, skip_without_nginx
 from tests.manifests import VARIANTS
 from tests.warm import LIBRARIES_OF, run_warm
@@ -142,8 +142,7 @@ def relays(server: EmbeddedServer) -> Iterator[MakeRelays]:
     made: list[Relay] = []
 
     def make(protocol: str, count: int) -> list[Relay]:
-        port = server.http_port if protocol == "http" else server.grpc_port
-        made.extend(Relay((server.address, port)) for _ in range(count))
+        made.extend(Relay.to(server, protocol) for _ in range(count))
         return made
 
     yield make
@@ -204,6 +203,21 @@ def run_here(capfd: pytest.CaptureFixture[str]) -> RunHere:
         with patch.dict(os.environ, environment):
             code = command_line(words)
         return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return run
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(run_here: RunHere) -> Refused:
+    """Runs a command of `deepseek` that must end with exit code 2 and one line on stderr; returns that line."""
+
+    def run(*words: str, **environment: str) -> str:
+        done = run_here(*words, **environment)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        return str(done.stderr)
 
     return run
 
@@ -337,8 +351,7 @@ def serves(built: str) -> Any:
 @pytest.fixture(params=["http", "grpc"])
 def client(server: EmbeddedServer, request: pytest.FixtureRequest) -> Iterator[InferenceClient]:
     """A client of the module's server over each protocol."""
-    url = server.http_url if request.param == "http" else server.grpc_url
-    with InferenceClient(url, request.param, timeout_s=60) as made:
+    with InferenceClient(url_of(server, request.param), request.param, timeout_s=60) as made:
         yield made
 
 

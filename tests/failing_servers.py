@@ -25,6 +25,7 @@ from deepseek_client import AsyncInferenceClient, InferenceClient, PreparedReque
 from deepseek_client.options import ClientOptions
 
 from serving.embedded.launcher import EmbeddedServer
+from tests.fake_endpoint import FakeEndpoint
 
 
 def end(*connections: socket.socket) -> None:
@@ -46,6 +47,11 @@ class Relay:
         self.port = self.listener.getsockname()[1]
         self.url = f"localhost:{self.port}" if tls else f"127.0.0.1:{self.port}"
         threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+    @classmethod
+    def to(cls, server: EmbeddedServer, protocol: str, tls: ssl.SSLContext | None = None) -> Self:
+        """A relay to the server's port for this protocol."""
+        return cls((server.address, server.http_port if protocol == "http" else server.grpc_port), tls)
 
     def accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -266,7 +272,7 @@ def client_of(
     return kind([relay if isinstance(relay, str) else relay.url for relay in relays], protocol, **settings)
 
 
-def url_of(server: EmbeddedServer, protocol: str) -> str:
+def url_of(server: EmbeddedServer | FakeEndpoint, protocol: str) -> str:
     return server.http_url if protocol == "http" else server.grpc_url
 
 

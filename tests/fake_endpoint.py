@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -273,6 +274,10 @@ async def serve(faults: Faults, log: Path | None) -> None:
     os._exit(0)  # held requests are never answered
 
 
+def nearest_rank(ordered: np.ndarray, percent: float) -> float:
+    return float(ordered[math.ceil(percent / 100 * len(ordered) - 1e-9) - 1])
+
+
 class FakeEndpoint:
     """Starts and stops the process."""
 
@@ -295,6 +300,12 @@ class FakeEndpoint:
     def log(self) -> np.ndarray:
         """When each inference was received and answered, in seconds of `time.perf_counter()`; shape (2, N)."""
         return np.load(self._log)
+
+    def true_ms(self) -> np.ndarray:
+        """Stops the process; the duration of each inference by its log, ascending, without the check before the load."""
+        self.stop()
+        received_s, answered_s = self.log()[:, 1:]
+        return np.sort(answered_s - received_s) * 1000
 
     def __exit__(self, *_: object) -> None:
         self.stop()

@@ -6,27 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-MODEL = '''
-import time
+from tests.add_one import ADD_ONE
 
-import numpy as np
-import triton_python_backend_utils as pb_utils
-
-
-class TritonPythonModel:
-    """y = x after DELAY_S seconds, one request at a time."""
-
-    def execute(self, requests):
-        answers = []
-        for request in requests:
-            time.sleep(DELAY_S)
-            x = np.from_dlpack(pb_utils.get_input_tensor_by_name(request, "x"))
-            answers.append(pb_utils.InferenceResponse([pb_utils.Tensor.from_dlpack("y", x + 0)]))
-        return answers
-'''
 CONFIG = """
 name: "tiny" backend: "python" max_batch_size: 1 instance_group { kind: KIND_CPU }
 input { name: "x" data_type: TYPE_FP32 dims: [2] } output { name: "y" data_type: TYPE_FP32 dims: [2] }
+parameters { key: "delay_s" value { string_value: "DELAY_S" } }
 """
 SPEC = """
 name = "tiny"
@@ -41,8 +26,8 @@ def write_sleeper(folder: Path, delay_s: float, name: str = "repository") -> Pat
     """Writes a repository whose model answers at most 1 / delay_s requests/s, with its spec and inputs beside it."""
     version = folder / name / "tiny" / "1"
     version.mkdir(parents=True)
-    (version / "model.py").write_text(MODEL.replace("DELAY_S", str(delay_s)))
-    (version.parent / "config.pbtxt").write_text(CONFIG)
+    (version / "model.py").write_text(ADD_ONE)
+    (version.parent / "config.pbtxt").write_text(CONFIG.replace("DELAY_S", str(delay_s)))
     (folder / "models" / "tiny").mkdir(parents=True, exist_ok=True)
     (folder / "models" / "tiny" / "deploy.toml").write_text(SPEC)
     rows = {f"{row:05d}/x": np.full((1, 2), row, np.float32) for row in range(20)}

@@ -24,7 +24,6 @@ from export.precision.accuracy import Evaluated, evaluated, metric_drop, paired_
 from export.precision.accuracy_budget import Baseline, measured
 from export.runtimes.batching import within_batch
 from export.stages import select_precision
-from tests.tiny_model import TOML
 
 IMAGE = DeploymentSpec.load("tests/models/image")
 
@@ -291,21 +290,6 @@ def test_the_parity_page_lists_the_tolerances(precision: Precision) -> None:
     tolerance = ParitySpec().of(precision)
     assert line
     assert [float(cell) for cell in line.groups()] == [tolerance.worst_error, tolerance.cosine, tolerance.common]
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ("[parity.int8]\ncosin = 0.9", "parity.int8.cosin: unknown key (seen 0.9); allowed: common, cosine, worst_error"),
-        ("[parity.fp32]\nworst_error = -1", "parity.fp32.worst_error: seen -1"),
-        ("[parity.fp8]\ncommon = nan", "parity.fp8.common: seen nan; it must be a finite number"),
-        ('[parity]\nnonfinite_inputs = "no"', "parity.nonfinite_inputs: seen 'no'; it must be 'gate' or 'report'"),
-    ],
-)  # fmt: skip
-def test_a_mistake_in_the_tolerances_is_one_line(tmp_path: Path, table: str, message: str) -> None:
-    (tmp_path / "deploy.toml").write_text(TOML + table)
-    with pytest.raises(InputError, match=re.escape(message)):
-        DeploymentSpec.load(tmp_path)
 
 
 def of_one_output(dtype: str, value: list[Any], reference: list[Any]) -> dict[str, float]:

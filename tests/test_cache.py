@@ -29,13 +29,6 @@ def folder(path: Path, **files: str) -> Path:
     return path
 
 
-def test_an_entry_is_fetched_only_by_its_key(place: Path, tmp_path: Path) -> None:
-    cache.store("k", folder(tmp_path / "made", model="weights", manifest="{}"))
-    assert cache.fetch("k", folder(tmp_path / "out"))
-    assert (tmp_path / "out" / "model").read_text() == "weights"
-    assert not cache.fetch("l", folder(tmp_path / "other"))
-
-
 def test_a_refined_entry_is_found_through_the_key_that_it_refines(place: Path, tmp_path: Path) -> None:
     entry = cache.refined("k", rows="abc")
     assert entry != cache.refined("k", rows="abd")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from export.artifact import refuse
+from tests.add_one import replace_in
 from tests.conftest import RunHere, run_module
 
 pytest.importorskip("tensorrt_rtx")
@@ -77,8 +78,7 @@ def test_a_refused_precision_is_shown_and_fails_if_it_was_wanted(
     for precision in ("fp16", "int8", "fp8"):
         refuse(tmp_path / "build" / "image" / precision / "model.onnx", "nothing of it is large enough")
     shutil.copytree("tests/models/image", tmp_path / "models" / "image")
-    toml = tmp_path / "models" / "image" / "deploy.toml"
-    toml.write_text(toml.read_text().replace('["fp16", "int8"]', candidates))
+    replace_in(tmp_path / "models" / "image" / "deploy.toml", '["fp16", "int8"]', candidates)
     flags = ("--models", str(tmp_path / "models"), "--model", "image", *flags)
     run = run_module("cli", "check-engine", "--no-build", *flags, DEEPSEEK_BUILD=str(tmp_path / "build"))
     assert run.returncode == ("failed" in summary), run.stderr

@@ -31,7 +31,7 @@ async def test_a_cancelled_task_does_not_disturb_the_others(server: EmbeddedServ
 
 @protocols
 def test_calls_left_by_a_failed_gather_leave_no_connection(server: EmbeddedServer, protocol: Any) -> None:
-    relay = Relay((server.address, server.http_port if protocol == "http" else server.grpc_port))
+    relay = Relay.to(server, protocol)
 
     async def main() -> None:
         async with AsyncInferenceClient(relay.url, protocol, idempotent=True) as client:

@@ -69,8 +69,8 @@ def recommender(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSe
 
 def test_the_examples_run(recommender: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ca_cert, context = make_certificate(tmp_path)
-    gateway = Relay((recommender.address, recommender.http_port), tls=context)
-    second = Relay((recommender.address, recommender.grpc_port))
+    gateway = Relay.to(recommender, "http", context)
+    second = Relay.to(recommender, "grpc")
     real = {
         "127.0.0.1:8001": recommender.grpc_url,
         "127.0.0.1:9001": second.url,

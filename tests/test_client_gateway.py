@@ -43,10 +43,6 @@ from tests.failing_servers import (
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-def relay_to(server: EmbeddedServer, protocol: str, tls: ssl.SSLContext) -> Relay:
-    return Relay((server.address, server.http_port if protocol == "http" else server.grpc_port), tls)
-
-
 @kinds
 @protocols
 def test_headers_and_the_request_id_are_sent(server: EmbeddedServer, protocol: str, kind: Kind) -> None:
@@ -156,7 +152,7 @@ def test_tls_trusts_the_given_authority_and_the_host_of_its_certificate(
     protocol: str, kind: Kind, server: EmbeddedServer, certificate: tuple[Path, ssl.SSLContext], tmp_path: Path
 ) -> None:
     ca_cert, context = certificate
-    relay = relay_to(server, protocol, context)
+    relay = Relay.to(server, protocol, context)
     with kind(relay.url, protocol, ca_cert=ca_cert, api_key="secret") as client:
         for _ in range(3):  # over a reused connection
             np.testing.assert_array_equal(client.infer("add_one", {"x": X})["y"], X + 1)
@@ -188,7 +184,7 @@ def test_tls_without_a_given_authority_trusts_those_of_the_system(
     ca_cert, context = certificate
     monkeypatch.setenv("SSL_CERT_FILE", str(ca_cert))
     monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
-    relay = relay_to(server, protocol, context)
+    relay = Relay.to(server, protocol, context)
     with kind(relay.url, protocol, tls=True) as client:
         assert client.ready("add_one")
     relay.close()

@@ -30,7 +30,7 @@ from deepseek_client import (
 from deepseek_client.transport import Tensor
 
 from serving.embedded.launcher import EmbeddedServer
-from tests.add_one import write_add_one
+from tests.add_one import replace_in, write_add_one
 from tests.conftest import FREE
 from tests.failing_servers import accepting, answering, grpc_answering, protocols, refuse, status, url_of
 from tests.gateway import wait_for
@@ -52,8 +52,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory") / "repository"
     for name, delay_s in (("add_one", 0.0), ("fixed", 0.0), ("slow", 0.3)):
         write_add_one(folder, name, delay_s=delay_s, instances=1)
-    config = folder / "fixed" / "config.pbtxt"
-    config.write_text(config.read_text().replace("[2, -1]", "[2, 120000]"))
+    replace_in(folder / "fixed" / "config.pbtxt", "[2, -1]", "[2, 120000]")
     return folder
 
 

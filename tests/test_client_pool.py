@@ -46,7 +46,7 @@ def wait_for(relay: Relay, count: int) -> None:
 @kinds
 def test_the_number_of_connections_being_opened_is_limited(server: EmbeddedServer, tmp_path: Path, kind: Kind) -> None:
     ca_cert, context = make_certificate(tmp_path)
-    relay = Relay((server.address, server.http_port), context)
+    relay = Relay.to(server, "http", context)
     with (
         socket.create_connection(("127.0.0.1", relay.port)) as stalling,  # sends nothing: delays the other handshakes
         kind(relay.url, "http", ca_cert=ca_cert, timeout_s=60, retries=0) as client,

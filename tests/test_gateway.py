@@ -168,7 +168,7 @@ def test_killing_one_of_two_servers_costs_no_request(tmp_path: Path) -> None:
             stack.enter_context(EmbeddedServer(tmp_path / "repository", log_path=tmp_path / name, **FREE))
             for name in ("a.log", "b.log")
         ]
-        relays = [Relay((two[0].address, port)) for port in (two[0].http_port, two[0].grpc_port)]
+        relays = [Relay.to(two[0], protocol) for protocol in ("http", "grpc")]
         for relay in relays:
             stack.callback(relay.close)
         urls = (relays[0].url, two[1].http_url), (relays[1].url, two[1].grpc_url)
@@ -271,7 +271,7 @@ def test_an_unreadable_key_file_is_logged(gateway: Gateway) -> None:
 
 def test_requests_in_flight_are_answered_at_a_stop(closed: EmbeddedServer, tmp_path: Path) -> None:
     """Signals come while it looks for changes: bash 5.2 fails if one with a trap comes while it reads a "$(...)"."""
-    relay = Relay((closed.address, closed.http_port))
+    relay = Relay.to(closed, "http")
     running = Gateway(tmp_path, limits_of(closed, tmp_path), relay.url, closed.grpc_url, watch_s=0)
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(running.http, "POST", "/v2/models/stuck/infer", body=json_body())

@@ -42,8 +42,7 @@ class Breakable:
 @pytest.fixture
 def breakable(closed: EmbeddedServer, tmp_path: Path) -> Iterator[Breakable]:
     """A gateway whose relays both work at first."""
-    ports = {"http": closed.http_port, "grpc": closed.grpc_port}
-    relays = {protocol: Relay((closed.address, port)) for protocol, port in ports.items()}
+    relays = {protocol: Relay.to(closed, protocol) for protocol in ("http", "grpc")}
     with Gateway(tmp_path, limits_of(closed, tmp_path), *(relay.url for relay in relays.values())) as gateway:
         yield Breakable(gateway=gateway, relays=relays, server=closed)
     for relay in relays.values():

@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from cli.main import main as command
 from cli.main import values_of
 from cli.model_folder.checkpoint import Checkpoint
 from cli.model_folder.import_checkpoint import main
 from deepseek.spec import InputError
 from export.model_folder import ModelFolder
+from tests.add_one import replace_in
+from tests.conftest import Refused
 from tests.tiny_checkpoints import MEAN, change, write_checkpoint, write_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,8 +94,7 @@ def prompt_of_pairs(folder: Path) -> None:
 
 def own_module(folder: Path) -> None:
     write_modules(folder, MEAN)
-    path = folder / "modules.json"
-    path.write_text(path.read_text().replace("sentence_transformers.models.Pooling", "custom_st.Pooling"))
+    replace_in(folder / "modules.json", "sentence_transformers.models.Pooling", "custom_st.Pooling")
 
 
 def interrupted(folder: Path) -> None:
@@ -179,22 +179,19 @@ def test_what_cannot_be_imported_is_one_line_and_writes_nothing(
     told: str,
     plain: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     shutil.copytree(plain, tmp_path / "some")
     (tmp_path / "models" / "taken").mkdir(parents=True)
     spoil(tmp_path / "some")
-    assert command(["import", str(tmp_path / "some"), "--models", str(tmp_path / "models"), *words]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert told in error
+    assert told in refused("import", str(tmp_path / "some"), "--models", str(tmp_path / "models"), *words)
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["taken"]
 
 
-def test_a_name_outside_ascii_asks_for_another(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_outside_ascii_asks_for_another(plain: Path, tmp_path: Path, refused: Refused) -> None:
     shutil.copytree(plain, tmp_path / "文")
-    assert command(["import", str(tmp_path / "文"), "--models", str(tmp_path / "models")]) == 2
-    assert "文: its name has no letter or digit of ASCII; name the model with --name" in capsys.readouterr().err
+    said = refused("import", str(tmp_path / "文"), "--models", str(tmp_path / "models"))
+    assert "文: its name has no letter or digit of ASCII; name the model with --name" in said
 
 
 def test_a_type_that_never_read_the_type_of_positions_may_name_any(tmp_path: Path) -> None:

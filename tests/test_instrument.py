@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import re
 import subprocess
@@ -29,7 +28,8 @@ from loadtests.results.run import Run, latest_run
 from loadtests.results.settings import LoadSettings
 from loadtests.results.stretch import NO_FILE, NO_PORT
 from tests.conftest import RunHere
-from tests.fake_endpoint import FakeEndpoint
+from tests.failing_servers import url_of
+from tests.fake_endpoint import FakeEndpoint, nearest_rank
 from tests.test_locustfile import SPEC
 
 ROOT = Path(__file__).parent.parent
@@ -54,8 +54,7 @@ def models(tmp_path: Path, own_build: Path) -> Path:
 def settings(endpoint: FakeEndpoint, protocol: Protocol = "grpc", **changes: Any) -> LoadSettings:
     build = Path(os.environ["DEEPSEEK_BUILD"])
     fixed: dict[str, Any] = {"model": "tiny", "models": str(build.parent / "models"), "target": "onnxruntime"}
-    url = endpoint.grpc_url if protocol == "grpc" else endpoint.http_url
-    fixed |= {"protocol": protocol, "url": url, "inputs": str(build / "tiny" / "evaluation.npz")}
+    fixed |= {"protocol": protocol, "url": url_of(endpoint, protocol), "inputs": str(build / "tiny" / "evaluation.npz")}
     fixed |= {"warmup_s": 0.0, "duration_s": 3.0, "timeout_s": 20.0}
     return LoadSettings(**fixed | changes)
 
@@ -63,17 +62,6 @@ def settings(endpoint: FakeEndpoint, protocol: Protocol = "grpc", **changes: Any
 def measured(wanted: LoadSettings) -> Run:
     spec = DeploymentSpec.of_model(wanted.model, wanted.models)
     return measure(wanted, spec, check(wanted, spec), Console(quiet=True))
-
-
-def true_ms(endpoint: FakeEndpoint) -> np.ndarray:
-    """The duration of each request of a run by the server's log, ascending."""
-    endpoint.stop()
-    received_s, answered_s = endpoint.log()[:, 1:]  # the first is the check before the run
-    return np.sort(answered_s - received_s) * 1000
-
-
-def nearest_rank(ordered: np.ndarray, percent: float) -> float:
-    return float(ordered[math.ceil(percent / 100 * len(ordered) - 1e-9) - 1])
 
 
 def most_in_flight(endpoint: FakeEndpoint) -> int:
@@ -86,7 +74,7 @@ def test_no_reported_percentile_is_below_the_servers_own_and_no_request_waits_fo
     """`make bench BENCH=accuracy` measures how far above they are."""
     with FakeEndpoint(delay_ms=700, spread=SPREAD, most_streams=100) as endpoint:
         run = measured(settings(endpoint, rate_rps=300.0, duration_s=2.0))
-        ordered = true_ms(endpoint)
+        ordered = endpoint.true_ms()
         assert most_in_flight(endpoint) > 110  # more than one connection can carry
     assert run.window.ok == len(ordered) == 600
     # About 240 are in flight at once; the fast ones are answered first.
@@ -103,7 +91,7 @@ def above(run: Run, kind: Latency, limit_ms: float) -> int:
 def test_an_open_loop_shows_a_whole_stall_and_a_closed_loop_hides_it() -> None:
     with FakeEndpoint(delay_ms=5, stall_at=25, stall_s=1) as endpoint:
         opened = measured(settings(endpoint, rate_rps=50.0, arrivals="constant", duration_s=2.0))
-        longest_ms = true_ms(endpoint)[-1]
+        longest_ms = endpoint.true_ms()[-1]
     with FakeEndpoint(delay_ms=5, stall_at=25, stall_s=1) as endpoint:
         closed = measured(settings(endpoint, users=2, duration_s=2.0))
         endpoint.stop()

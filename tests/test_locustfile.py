@@ -31,7 +31,8 @@ from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
-from tests.conftest import FREE, RunHere, run_module
+from tests.conftest import FREE, Refused, RunHere, run_module
+from tests.failing_servers import url_of
 from tests.fake_kserve import binary, grpc_serving, http_json, http_serving, triton
 from tests.gateway import wait_for
 
@@ -69,9 +70,8 @@ def settings(
     tiny: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"] = "grpc", **changes: Any
 ) -> LoadSettings:
     server, folder = tiny
-    url = server.grpc_url if protocol == "grpc" else server.http_url
     fixed: dict[str, Any] = {"model": "tiny", "models": str(folder / "models"), "target": "onnxruntime"}
-    fixed |= {"protocol": protocol, "url": url, "inputs": str(folder / "inputs.npz")}
+    fixed |= {"protocol": protocol, "url": url_of(server, protocol), "inputs": str(folder / "inputs.npz")}
     fixed |= {"warmup_s": 1.0, "duration_s": 2.0, "timeout_s": 20.0}
     return LoadSettings(**fixed | changes)
 
@@ -284,15 +284,14 @@ def test_stop_on_locusts_page_ends_the_run_without_a_result(tiny: tuple[Embedded
 
 
 def test_an_unusable_port_for_the_page_is_reported_before_any_load(
-    tiny: tuple[EmbeddedServer, Path], run_here: RunHere
+    tiny: tuple[EmbeddedServer, Path], refused: Refused
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         asked = taken.getsockname()[1]
-        done = run_here(*words(settings(tiny, rate_rps=40.0), "--web", "--web-port", str(asked)))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert f"--web-port {asked}: " in done.stderr
+        said = refused(*words(settings(tiny, rate_rps=40.0), "--web", "--web-port", str(asked)))
+    assert f"--web-port {asked}: " in said
 
 
 def test_an_interrupted_run_ends_and_leaves_nothing(tiny: tuple[EmbeddedServer, Path], build: Path) -> None:

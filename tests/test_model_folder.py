@@ -17,6 +17,7 @@ from export.dependencies.sources import files_in
 from export.model_folder import ModelFolder, in_order
 from export.precision.accuracy import evaluated
 from export.runtimes.pytorch_reference import run_torch
+from tests.add_one import replace_in
 from tests.conftest import RunHere
 from tests.tiny_model import TOML, tiny
 
@@ -230,8 +231,7 @@ def test_a_forward_that_takes_keywords_or_a_dict_is_refused_with_the_way_round(
     tmp_path: Path, parameters: str, why: str
 ) -> None:
     source = tiny(tmp_path)
-    path = tmp_path / "tiny" / "model.py"
-    path.write_text(path.read_text().replace("forward(self, x)", f"forward(self, {parameters})"))
+    replace_in(tmp_path / "tiny" / "model.py", "forward(self, x)", f"forward(self, {parameters})")
     with pytest.raises(InputError) as caught:
         ModelFolder("tiny", tmp_path).load()
     assert f"cannot take the inputs {', '.join(source.spec.inputs)} as tensors in this order: {why}" in str(

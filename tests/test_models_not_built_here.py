@@ -19,6 +19,7 @@ from loadtests.load.inputs import rows_of
 from loadtests.load.preflight import check
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, RunHere
+from tests.failing_servers import url_of
 from tests.saved_runs import load_settings
 
 NUMBERS = [name for name in get_args(DType) if name != "string"]
@@ -105,7 +106,7 @@ def test_arrays_of_every_type_come_back_as_they_were_sent(
     others: tuple[EmbeddedServer, Path], protocol: Literal["grpc", "http"]
 ) -> None:
     server, _ = others
-    with InferenceClient(server.grpc_url if protocol == "grpc" else server.http_url, protocol) as client:
+    with InferenceClient(url_of(server, protocol), protocol) as client:
         answer = client.infer("echo", echoed())
         assert client.infer("flat", {"text": ["a", "ü"]})["upper"].tolist() == [b"A", "ü".encode()]
     for name, sent in echoed().items():

@@ -22,7 +22,7 @@ from deepseek.spec import DeploymentSpec, InputError
 from export.publishing.backend_files import BACKEND_SOURCES
 from export.stages.publish import publish_version
 from serving.embedded.launcher import EmbeddedServer
-from tests.add_one import write_add_one
+from tests.add_one import replace_in, write_add_one
 from tests.conftest import FREE, serves
 from tests.gateway import series_of, wait_for
 
@@ -54,7 +54,7 @@ def write_fragile(repository: Path, name: str = "fragile") -> None:
     for source, path in BACKEND_SOURCES.items():
         shutil.copy(path, repository / name / "1" / source)
     path = repository / name / "config.pbtxt"
-    path.write_text(path.read_text().replace("dynamic_batching {", BULK_QUEUE))
+    replace_in(path, "dynamic_batching {", BULK_QUEUE)
     with path.open("a") as config:
         for key, value in {"threads": "1", "provider": "cpu", "provider_options": "{}"}.items():
             config.write(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n')

@@ -12,6 +12,7 @@ from deepseek_client import InferenceClient
 from deepseek.spec import DeploymentSpec, InputError
 from loadtests.load.preflight import check
 from serving.embedded.launcher import EmbeddedServer
+from tests.add_one import replace_in
 from tests.conftest import FREE
 from tests.gateway import wait_for
 from tests.saved_runs import load_settings
@@ -30,7 +31,7 @@ def test_a_model_that_serves_is_measured_while_triton_unloads_another(tmp_path: 
     """Triton calls the whole server not ready until the other model is gone."""
     repository = write_sleeper(tmp_path, 0.0)
     goes = Path(shutil.copytree(repository / "tiny", repository / "goes"))
-    (goes / "config.pbtxt").write_text((goes / "config.pbtxt").read_text().replace('"tiny"', '"goes"'))
+    replace_in(goes / "config.pbtxt", '"tiny"', '"goes"')
     with (goes / "1" / "model.py").open("a") as code:
         code.write(FINALIZE.format(go=tmp_path / "go"))
     with EmbeddedServer(repository, **FREE) as server, InferenceClient(server.grpc_url, "grpc") as client:

@@ -24,6 +24,8 @@ from export.precision.accuracy import Evaluated, paired_drop
 from export.precision.accuracy_budget import Baseline, judged
 from export.stages import prune
 from export.stages.prune import main, prune_source
+from tests.add_one import replace_in
+from tests.conftest import Refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,8 +138,7 @@ def fingerprint():
 def test_the_model_is_evaluated_again_if_its_data_is_unknown_or_changed(
     code: str, tmp_path: Path, own_build: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deploy = image_with(code, tmp_path).folder / "deploy.toml"
-    deploy.write_text(deploy.read_text().replace("[precision]\n", '[precision]\nmetric = "accuracy"\n'))
+    replace_in(image_with(code, tmp_path).folder / "deploy.toml", "[precision]\n", '[precision]\nmetric = "accuracy"\n')
     monkeypatch.setenv("DEEPSEEK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(STAGE_KEYS, '{"fine-tune": "k"}')
     monkeypatch.setattr(prune, "distil", lambda *_, **__: None)
@@ -231,10 +232,9 @@ def test_an_evaluate_that_fails_at_served_outputs_is_a_failed_metric(monkeypatch
 
 
 @pytest.mark.parametrize("ratio", ["nan", "0", "1", "x"])
-def test_a_ratio_that_is_no_share_names_the_option(ratio: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(["prune", "--ratio", ratio]) == 2
-    said = capsys.readouterr().err.splitlines()[0]
-    assert said == f"error: --ratio: seen '{ratio}'; a number above 0, up to 0.99, is needed"
+def test_a_ratio_that_is_no_share_names_the_option(ratio: str, refused: Refused) -> None:
+    said = refused("prune", "--ratio", ratio)
+    assert said == f"error: --ratio: seen '{ratio}'; a number above 0, up to 0.99, is needed\n"
 
 
 def test_an_infinite_drop_is_null_in_json(tmp_path: Path, own_build: Path, capsys: pytest.CaptureFixture[str]) -> None:

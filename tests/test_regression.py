@@ -18,6 +18,7 @@ from loadtests.regression.comparison import CAPACITY, Comparison, RowJudge, Thre
 from loadtests.regression.held_rates import HeldRates
 from loadtests.regression.regression import as_json, main, markdown
 from loadtests.results.run import Run
+from tests.add_one import replace_in
 from tests.conftest import RunHere
 from tests.saved_runs import Request, saved_run, steady
 from tests.sleeper import SPEC, write_sleeper
@@ -331,11 +332,10 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     late = SPEC.replace("p50_ms = 100", "p50_ms = 1000")  # a busy machine may answer late
     (folder / "models" / "tiny" / "deploy.toml").write_text(late)
     (folder / "broken" / "tiny" / "1" / "model.py").write_text("raise RuntimeError('no weights here')")
-    deadly = folder / "deadly" / "tiny" / "1" / "model.py"
     kill = "os.kill(int(next(line for line in open('/proc/self/status') if line.startswith('PPid')).split()[1]), 9)"
     count = "self.count = getattr(self, 'count', 0) + 1"
-    dies = f"{count}\n        if self.count > 30:\n            import os; {kill}\n        answers = []"
-    deadly.write_text(deadly.read_text().replace("answers = []", dies))
+    dies = f"{count}\n        if self.count > 30:\n            import os; {kill}\n        import time"
+    replace_in(folder / "deadly" / "tiny" / "1" / "model.py", "import time", dies)
     return folder
 
 

@@ -24,6 +24,7 @@ from loadtests.results.settings import Replay
 from loadtests.slo.slo_demands import in_flight_for
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE, RunHere
+from tests.failing_servers import url_of
 from tests.saved_runs import load_settings
 from tests.test_locustfile import SPEC
 
@@ -146,9 +147,8 @@ def planned(served: tuple[EmbeddedServer, Path], csv: str, protocol: Literal["gr
     (folder / "traffic.csv").write_text(csv)
     traffic = read_traffic(folder / "traffic.csv", {"cart": ROWS})
     spec = DeploymentSpec.of_model("cart", folder / "models")
-    url = server.grpc_url if protocol == "grpc" else server.http_url
     inputs = str(folder / "build" / "cart" / "evaluation.npz")
-    settings = load_settings(model="cart", protocol=protocol, url=url, inputs=inputs)
+    settings = load_settings(model="cart", protocol=protocol, url=url_of(server, protocol), inputs=inputs)
     return replay_of(traffic, with_replay(settings, traffic, 1.0), spec)["row"].tolist()
 
 

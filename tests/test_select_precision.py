@@ -29,6 +29,7 @@ from export.runtimes import timing, variants
 from export.runtimes.onnxruntime_predictor import onnx_predictor
 from export.runtimes.timing import Timer
 from export.stages import quantize, select_precision
+from tests.add_one import replace_in
 from tests.conftest import RunHere
 from tests.test_accuracy import scaled
 from tests.test_precision_choice import by_rows, judged_by_number
@@ -180,8 +181,7 @@ def stage(text: Path, run_here: RunHere) -> RunHere:
 
 
 def test_if_the_metric_of_fp32_is_0_outputs_are_compared_and_a_warning_says_so(text: Path, stage: RunHere) -> None:
-    model = text / "models" / "text" / "model.py"
-    model.write_text(model.read_text().replace('{"self_retrieval": float(', '{"self_retrieval": 0 * float('))
+    replace_in(text / "models" / "text" / "model.py", '{"self_retrieval": float(', '{"self_retrieval": 0 * float(')
     said = "warning: self_retrieval of fp32 PyTorch is 0: evaluate() has too little data to judge by, or a mistake"
     compared = stage("select-precision")
     assert (compared.returncode, said in compared.stdout) == (0, True), compared.stderr
@@ -212,8 +212,7 @@ BY_ROW = (
 def test_a_metric_row_by_row_has_an_interval_in_the_table_the_choice_and_the_manifest(
     text: Path, stage: RunHere
 ) -> None:
-    model = text / "models" / "text" / "model.py"
-    model.write_text(model.read_text().replace(*BY_ROW))
+    replace_in(text / "models" / "text" / "model.py", *BY_ROW)
     run = stage("select-precision")
     assert run.returncode == 0, run.stderr
     assert "interval: bounds of the drop, each at " in run.stdout
@@ -334,16 +333,14 @@ def test_speed_is_measured_at_opt_even_if_no_two_rows_share_a_shape(text: Path, 
 
 
 def test_an_fp32_graph_of_another_model_fails_even_with_a_good_metric(text: Path, stage: RunHere) -> None:
-    model = text / "models" / "text" / "model.py"
-    model.write_text(model.read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    replace_in(text / "models" / "text" / "model.py", "manual_seed(0)", "manual_seed(1)")
     run = stage("select-precision", "--precision", "fp32")
     assert run.returncode == 1
     assert "fp32 on onnxruntime: output 'embedding' is off by" in run.stderr
 
 
 def test_a_variant_past_the_budget_exits_1_and_changes_no_choice(text: Path, stage: RunHere) -> None:
-    toml = text / "models" / "text" / "deploy.toml"
-    toml.write_text(toml.read_text().replace('metric = "self_retrieval"\nmax_drop = 0.1', "max_drop = 0.0"))
+    replace_in(text / "models" / "text" / "deploy.toml", 'metric = "self_retrieval"\nmax_drop = 0.1', "max_drop = 0.0")
     choice = text / "build" / "text" / "choice-onnxruntime.json"
     before = choice.read_bytes()
     run = stage("select-precision", "--precision", "int8")

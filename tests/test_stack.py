@@ -27,7 +27,7 @@ from serving.stack.gateway_limits import LEAST_RATE_RPS, gateway_sizes, limits
 from serving.stack.refresh import refresh
 from serving.stack.server_sizes import SHM_MIB, server_sizes
 from serving.stack.write_env_file import OWN
-from tests.add_one import TAKES_TEXTS, write_add_one, write_for_gpu
+from tests.add_one import TAKES_TEXTS, replace_in, write_add_one, write_for_gpu
 from tests.failing_servers import sign_itself
 
 TEXT = ServedModel(
@@ -79,8 +79,7 @@ def test_one_engine_that_needs_a_gpu_takes_nvidias_triton_for_all(
 ) -> None:
     for name in ("add_one", "big"):
         write_add_one(tmp_path / "repository", name)
-    config = tmp_path / "repository" / "big" / "config.pbtxt"
-    config.write_text(config.read_text().replace('backend: "python"', changed))
+    replace_in(tmp_path / "repository" / "big" / "config.pbtxt", 'backend: "python"', changed)
     found = write(tmp_path, "--triton-tag", "26.08")
     assert (found["COMPOSE_FILE"], found["TRITON_TAG"]) == (files, "26.08")
     assert write(tmp_path)["TRITON_TAG"] == ("26.08" if "gpu" in files else TRITON_TAG)  # an engine needs its release
@@ -96,8 +95,7 @@ def test_on_a_gpu_the_openai_routes_get_a_container_if_a_model_takes_texts(tmp_p
     found = write(tmp_path, "--local-ports", "0")
     files = ("gpu", "openai", "closed")
     assert found["COMPOSE_FILE"] == ":".join(("compose.yaml", *(f"docker/compose.{name}.yaml" for name in files)))
-    config = tmp_path / "repository" / "add_one" / "config.pbtxt"
-    config.write_text(config.read_text().replace(TAKES_TEXTS, ""))
+    replace_in(tmp_path / "repository" / "add_one" / "config.pbtxt", TAKES_TEXTS, "")
     assert "openai" not in write(tmp_path)["COMPOSE_FILE"]
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from deepseek.config import TransformerConfig
 from deepseek.sizing import TrainingSetup, TransformerSize, largest_batch, training_memory
 from deepseek.sizing.model.live_memory import LiveBytes
 from deepseek.spec import InputError
@@ -20,6 +19,7 @@ from deepseek.training import train_model
 from deepseek.training.batch_size import fitting_batch
 from deepseek.training.memory import limit_bytes
 from deepseek.transformer import Transformer
+from tests.test_sizing_memory import config
 from tests.test_training import cross_entropy, network, points, same, settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,11 +31,6 @@ OUTSIDE = 500e6
 def outside_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory outside tensors is OUTSIDE: that of this process changes at any time."""
     monkeypatch.setattr("deepseek.training.batch_size.besides_bytes", lambda *_: OUTSIDE)
-
-
-def shape(**changes: Any) -> TransformerConfig:
-    sizes = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 128}
-    return TransformerConfig.of_any_size(**(sizes | {"vocab_size": 200, "max_length": 24} | changes))
 
 
 def ids(rows: int = 2000) -> TensorDataset:
@@ -61,7 +56,7 @@ def test_live_bytes_are_the_peak_and_not_the_sum() -> None:
     ("checkpointing", "steps"), [(False, 1), (True, 2)], ids=["one batch", "checkpointed and accumulated"]
 )
 def test_the_batch_that_fits_equals_the_plans_and_fills_the_memory(checkpointing: bool, steps: int) -> None:
-    size = TransformerSize(config=shape())
+    size = TransformerSize(config=config())
     model = Transformer(size.config)
     model.gradient_checkpointing = checkpointing
     limit = (OUTSIDE + 60e6) / 0.8
@@ -80,7 +75,7 @@ def test_the_batch_that_fits_equals_the_plans_and_fills_the_memory(checkpointing
 
 @pytest.mark.usefixtures("outside_tensors")
 def test_little_memory_gives_a_smaller_batch_than_the_guides_and_much_memory_all_rows_and_1_mb_an_error() -> None:
-    model = Transformer(shape())
+    model = Transformer(config())
     small = fitting_batch(model, ids(), mean_square, settings(), CPU, limit=(OUTSIDE + 10e6) / 0.8)
     large = fitting_batch(model, ids(600), mean_square, settings(), CPU, limit=1e12)
     assert small.batch_size < 256 < large.batch_size == 600

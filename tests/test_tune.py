@@ -26,6 +26,7 @@ from loadtests.tune.predicted_latency import Curves
 from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.tune import conditions_of, default_and_space, tune
 from loadtests.tune.tune_result import TuneResult, tuning_path
+from tests.add_one import replace_in
 from tests.gateway import wait_for
 from tests.test_settings_search import FAST, SLOW, a_search, serving
 
@@ -127,7 +128,7 @@ def test_a_gain_may_be_only_reported(
     more: tuple[str, ...], tuned: str, told: str, tmp_path: Path, computed: list[str]
 ) -> None:
     deploy = tmp_path / "models" / "image" / "deploy.toml"
-    deploy.write_text(deploy.read_text().replace('tuned = "tuned.toml"\n', tuned))
+    replace_in(deploy, 'tuned = "tuned.toml"\n', tuned)
     result = tune(values_of("tune", *computed, *more), Console(quiet=True))
     assert (result.best, result.applied, told in result.conclusion) == (FAST, False, True), result.conclusion
     assert not deploy.with_name("tuned.toml").exists()

@@ -12,7 +12,6 @@ import pytest
 from deepseek_client import ModelMetadata
 from rich.console import Console
 
-from cli.main import main as command_line
 from deepseek.spec import DeploymentSpec, InputError, SloSpec
 from loadtests.load import until_decided
 from loadtests.load.measure import ModelLoad
@@ -20,7 +19,7 @@ from loadtests.load.until_decided import measure_until_decided, planned_looks
 from loadtests.results.run import Run, latest_run
 from loadtests.results.settings import LoadSettings
 from loadtests.slo.judge import judge
-from tests.conftest import RunHere
+from tests.conftest import Refused, RunHere
 from tests.fake_endpoint import FakeEndpoint
 from tests.saved_runs import load_settings, saved_run, steady
 from tests.test_locustfile import SPEC
@@ -201,7 +200,6 @@ def test_only_what_a_longer_run_can_decide_is_undecided(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_go_together_are_refused_in_one_line(
-    words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...], line: str, refused: Refused
 ) -> None:
-    assert command_line(["loadtest", *words]) == 2
-    assert capsys.readouterr().err == f"error: {line}\n"
+    assert refused("loadtest", *words) == f"error: {line}\n"

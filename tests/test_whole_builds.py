@@ -23,6 +23,7 @@ from deepseek.spec.checks import Table
 from deepseek.spec.files.folders import SCRATCH
 from export import build, cache
 from export.rows import load_rows
+from tests.add_one import replace_in
 from tests.test_pipeline import options_of
 
 
@@ -103,8 +104,7 @@ def check_whole(folder: Path) -> None:
 @pytest.mark.slow
 def test_builds_of_two_clones_killed_at_any_moment_leave_no_partial_files(tmp_path: Path) -> None:
     shutil.copytree("tests/models/text", tmp_path / "models" / "text")
-    toml = tmp_path / "models" / "text" / "deploy.toml"
-    toml.write_text(toml.read_text().replace('"fp32", "fp16", "int8"', '"fp16"'))
+    replace_in(tmp_path / "models" / "text" / "deploy.toml", '"fp32", "fp16", "int8"', '"fp16"')
     clones, moments = [tmp_path / "a", tmp_path / "b"], random.Random(7)
 
     def start(clone: Path) -> subprocess.Popen[bytes]:

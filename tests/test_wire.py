@@ -50,7 +50,7 @@ def test_a_connection_is_reused_and_replaced_after_a_close(connect: Connect, pro
 
 
 def test_a_deadline_keeps_the_connection_for_other_calls(connect: Connect, server: EmbeddedServer) -> None:
-    relay = Relay((server.address, server.grpc_port))
+    relay = Relay.to(server, "grpc")
     client = connect("grpc", relay.url)
     request = client.prepare("add_one", {"x": X})
     relay.delay_s = 1.0

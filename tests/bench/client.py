@@ -18,8 +18,9 @@ from tritonclient.grpc import aio as triton_grpc_aio
 from tritonclient.http import aio as triton_http_aio
 
 from export.rows import Row
-from tests.add_one import write_add_one
-from tests.bench.setting import Bench, on, seconds, url_of
+from tests.add_one import replace_in, write_add_one
+from tests.bench.setting import Bench, on, seconds
+from tests.failing_servers import url_of
 
 MODEL = "recommender"
 TASKS = 16  # asynchronous calls in flight
@@ -65,8 +66,7 @@ def client_memory(bench: Bench) -> None:
     repository = bench.folder / "repository-large"
     if not repository.exists():
         write_add_one(repository, "large")
-        config = repository / "large" / "config.pbtxt"
-        config.write_text(config.read_text().replace("[2, -1]", f"[2, {LARGE}]"))
+        replace_in(repository / "large" / "config.pbtxt", "[2, -1]", f"[2, {LARGE}]")
     inputs = {"x": np.zeros((1, 2, LARGE), np.float32)}
     with bench.server(repository) as server:
         for protocol in ("grpc", "http"):

@@ -7,7 +7,6 @@ its threads: the most that one core can send. It depends little on what else run
 
 from __future__ import annotations
 
-import math
 import os
 import resource
 import time
@@ -27,8 +26,9 @@ from loadtests.load.preflight import check
 from loadtests.results.run import Run
 from loadtests.results.settings import LoadSettings
 from tests.bench.served import BATCHING
-from tests.bench.setting import Bench, on, perf_analyzer, url_of
-from tests.fake_endpoint import FakeEndpoint
+from tests.bench.setting import Bench, on, perf_analyzer
+from tests.failing_servers import url_of
+from tests.fake_endpoint import FakeEndpoint, nearest_rank
 
 Protocol = Literal["grpc", "http"]
 PROTOCOLS: tuple[Protocol, ...] = ("grpc", "http")
@@ -57,9 +57,9 @@ def accuracy(bench: Bench) -> None:
         for _ in range(bench.pairs(3)):
             with FakeEndpoint(delay_ms=100, spread=0.5) as endpoint:  # 20 to 500 ms, some 22 in flight
                 run = _measured(bench, endpoint, protocol, rate_rps=200.0, duration_s=10.0)
-                true_ms = _true_ms(endpoint)
+                true_ms = endpoint.true_ms()
             for percent, found in ratios.items():
-                found.append(run.window.latency("intended").percentile_ms(percent) / _nearest(true_ms, percent))
+                found.append(run.window.latency("intended").percentile_ms(percent) / nearest_rank(true_ms, percent))
         for percent, found in ratios.items():
             bench.record(f"reported p{percent:g}: {protocol}", found)
         for how in ("open loop", "closed loop", "perf_analyzer"):
@@ -80,7 +80,7 @@ def _stall(bench: Bench, protocol: Protocol, how: str) -> float:
         else:
             flags = ("--percentile", "99", "--measurement-interval", "3000")
             seen_ms = float(_perf_analyzer(bench, endpoint, protocol, 1, *flags)["p99 latency"]) / 1000
-        return seen_ms / float(_true_ms(endpoint)[-1])
+        return seen_ms / float(endpoint.true_ms()[-1])
 
 
 def ceiling(bench: Bench) -> None:
@@ -152,17 +152,6 @@ def _given(bench: Bench) -> tuple[Path, DeploymentSpec]:
         rows = {f"{row:05d}/x": np.full((1, LENGTH), row, np.float32) for row in range(64)}
         np.savez(inputs, **rows)  # type: ignore[arg-type]
     return inputs, DeploymentSpec.of_model("fake", models)
-
-
-def _true_ms(endpoint: FakeEndpoint) -> np.ndarray:
-    """Latencies measured by the server, ascending; without the first, which is the check before the load."""
-    endpoint.stop()
-    received_s, answered_s = endpoint.log()[:, 1:]
-    return np.sort(answered_s - received_s) * 1000
-
-
-def _nearest(ordered: np.ndarray, percent: float) -> float:
-    return float(ordered[math.ceil(percent / 100 * len(ordered) - 1e-9) - 1])
 
 
 def encoding(bench: Bench) -> None:

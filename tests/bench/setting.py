@@ -37,7 +37,7 @@ from serving.embedded.launcher import EmbeddedServer
 from tests.bench.peers.load import Load
 from tests.bench.results import Ratio
 from tests.conftest import run_module
-from tests.fake_endpoint import FakeEndpoint
+from tests.failing_servers import url_of
 
 MODELS = ("recommender", "minilm")  # built before, by `make engine`
 TARGET: Target = "onnxruntime"
@@ -215,10 +215,6 @@ def chosen(flag: str, names: str | None, allowed: Iterable[str]) -> list[str]:
     if wrong := [name for name, each in found.items() if not each]:
         raise InputError(f"{flag} {','.join(wrong)}: unknown; allowed: {', '.join(allowed)}")
     return list(dict.fromkeys(itertools.chain(*found.values())))
-
-
-def url_of(server: EmbeddedServer | FakeEndpoint, protocol: str) -> str:
-    return server.grpc_url if protocol == "grpc" else server.http_url
 
 
 def perf_analyzer(url: str, model: str, protocol: str, users: int, table: Path, *flags: str) -> dict[str, str]:

@@ -31,6 +31,7 @@ from loadtests.results.settings import LoadSettings
 from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
+from tests.failing_servers import url_of
 from tests.gateway import Gateway, skip_without_nginx
 
 READY_S = 600.0  # how long a start may take on a busy machine
@@ -98,7 +99,7 @@ class Setting:
         chosen = model or self.model
         protocol: Literal["grpc", "http"] = "grpc" if way.startswith("grpc") else "http"
         ca_cert = None
-        url = service.server.grpc_url if protocol == "grpc" else service.server.http_url
+        url = url_of(service.server, protocol)
         if way.endswith("gateway"):
             url = f"localhost:{service.gateway.port}"
             ca_cert = str(service.gateway.folder / "ca.crt")
