@@ -169,7 +169,8 @@ def test_a_former_name_calls_the_command_and_prints_its_new_name(called: Callabl
             ("keys", r"NAME=o'brien & co; $HOME \x #1"),
             """key name "o'brien & co; $HOME \\\\x #1": use 1 to 64 letters""",
         ),
-        (("infer", "GRPC_PORT=18459"), "`make serve` starts one here"),
+        (("infer", "GRPC_PORT=18459"), "build the model first: make engine MODEL=recommender"),
+        (("metadata", "GRPC_PORT=18459"), "`make serve` starts one here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
