@@ -378,7 +378,6 @@ def test_the_workers_flags_are_the_masters_and_what_its_script_adds() -> None:
     [
         (("--repository", "nosuch"), "nosuch: no model in it"),
         (("--base", "docs"), "--base docs: no base/kustomization.yaml in it"),
-        (("--models-url", "s3://bucket/models"), "it must begin with https:// or http://"),
         (("--models-url", "https://me:secret@store/m.tar.gz"), "--models-url: seen a user name before @; put it into"),
         (("--models-url", "http://minio:90000/m.tar.gz"), "a port is a number from 1 to 65535"),
         (("--loadtest-url", "https://api.example.com"), "it must be host:port, such as api.example.com:443"),

@@ -90,7 +90,7 @@ class Run:
         return Stretch(self.settings, inside, duration_s)
 
     def at_rate(self, rate_rps: float | None) -> Stretch | None:
-        """The part of the window with exactly this planned rate, None if there is none; without a rate the window."""
+        """The part of the window with exactly this planned rate, if it has one. Without a rate: the window."""
         if rate_rps is None:
             return self.window
         seconds: list[Second] = []

@@ -73,7 +73,7 @@ class MeasuredBatches(Table):
         return self.ms_of(rows) + self.server_ms(rows, rows_each)
 
     def server_ms(self, rows: int, rows_each: int = 1) -> float:
-        """What such a batch costs the server beside the model."""
+        """Time of the server itself for a batch that joins requests of `rows_each`."""
         return SERVER_MS + REQUEST_MS * rows / rows_each
 
     def requests_per_s(self, rows: int, rows_each: int = 1) -> float:

@@ -189,7 +189,7 @@ def _say(what: dict[str, Any]) -> None:
     If Locust runs alone, the line goes to standard error: standard output has the statistics of Locust's `--json`.
     """
     alone = "LOCUST_PARENT" not in os.environ
-    with suppress(BrokenPipeError):  # the reader has left, as in `... | head`; the load goes on
+    with suppress(BrokenPipeError):  # the reader has left, as in `... | head`; the load continues
         print(json.dumps(what), file=sys.stderr if alone else sys.stdout, flush=True)
 
 
