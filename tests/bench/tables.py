@@ -217,7 +217,7 @@ KEYS = {key: (table, line) for table in TABLES.values() for line in table.lines 
 README = (
     (
         "What does Triton cost? MiniLM served, over the fastest raw ONNX Runtime session",
-        "{served apart: minilm fp32 over raw} of its throughput with 32 requests in flight. One core cannot answer so many in time, and refuses the rest. "
+        "{served apart: minilm fp32 over raw} of its throughput with 32 requests in flight. One core cannot answer 32 in time, and refuses the rest. "
         "{served apart: minilm fp32 of 1 s over raw} if the SLO allows 1 s",
     ),
     (
