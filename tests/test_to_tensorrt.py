@@ -209,6 +209,25 @@ ATTENTION_11 = [
 ]
 
 
+# A block of BERT in fp16 by TensorRT 10: eight products in five layers (NVIDIA/TensorRT#4397, and for the last, other
+# public reports).
+BERT_10 = [
+    layer("gemm", "Half", TacticName="sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64_stage6"),
+    {**layer("kgen", "Half", TacticName="_gemm_mha_v2_0x957a2fe2"), "Name": "_gemm_mha_v2_myl0_17"},
+    {**layer("gemm", "Half"), "Name": "/encoder/layers_2/mha/output/MatMul_myl0_18"},
+    {**layer("kgen", "Half", TacticName="__myl_AddCastMeanSub_0xf254"), "Name": "__myl_AddCastMeanSub_myl0_19"},
+    {**layer("fusion", "Half", TacticName="sm80_xmma_gemm_f16f16_nn_n_by_fusion_tactic"), "Name": "__myl_Fc_myl0_20"},
+    {**layer("fusion", "Half", TacticName="tensorop256x128"), "Name": "__myl_FcAddCastMean_myl0_21"},
+]
+
+
+def test_a_product_that_is_fused_with_what_follows_it_counts() -> None:
+    assert compute_layers(BERT_10) == {"fp16": 6}
+    assert compute_layers([layer("fusion", "Int8", TacticName="sm80_xmma_gemm_i8i8_i8i32_f32_tn")]) == {"int8": 1}
+    assert compute_layers([{**layer("fusion", "Half", TacticName="pointwise"), "Name": "__myl_AddFchs_myl0_1"}]) == {}
+    assert compute_layers([{**layer("kgen", "Half", TacticName="__myl_Add_0x1"), "Name": "conv1/Relu_myl0_1"}]) == {}
+
+
 def test_the_inspectors_layers_are_counted_by_type() -> None:
     assert compute_layers(ATTENTION) == {"int8": 2, "int8_weights": 1, "fp16": 2, "bf16": 1}
     assert compute_layers(ATTENTION_11) == {"int8": 1, "fp8": 1, "int8_weights": 1, "bf16": 4, "fp32": 1}

@@ -16,6 +16,9 @@ _COMPUTE = re.compile(r"conv|gemm|matrixmultiply|matmul|fullyconnected", re.IGNO
 # Fused attention, which holds two products, by type, or by the name or kernel of a layer of the type "kgen".
 _ATTENTION = re.compile(r"attention|(^|[\W_])f?mha([\W_]|$)", re.IGNORECASE)
 _FUSED = re.compile(r"(^|\s)_*(gemm_)?f?mha_", re.IGNORECASE)
+# A product fused with what follows it, such as bias and GELU: layers of these types, by name or by kernel.
+_FUSED_TYPES = ("fusion", "kgen")
+_WITH_PRODUCT = re.compile(r"__myl_\w*Fc(?![a-z])")
 # Words of a tensor's type, in this order: BFloat16 contains Float.
 _TYPES = {
     "int8": ("int8",),
@@ -73,10 +76,11 @@ def compute_layers(layers: list[Any]) -> Counter[str]:
 def _products(layer: dict[str, Any]) -> int:
     """The matrix products and convolutions in a layer."""
     kind = f"{layer.get('LayerType')} {layer.get('ParameterType')}"
-    fused = layer.get("LayerType") == "kgen" and _FUSED.search(f"{layer.get('Name')} {layer.get('TacticName')}")
-    if _ATTENTION.search(kind) or fused:
+    name, kernel = (str(layer.get(field)) for field in ("Name", "TacticName"))
+    is_fused = layer.get("LayerType") in _FUSED_TYPES
+    if _ATTENTION.search(kind) or (is_fused and _FUSED.search(f"{name} {kernel}")):
         return 2
-    return 1 if _COMPUTE.search(kind) else 0
+    return 1 if _COMPUTE.search(kind) or (is_fused and (_WITH_PRODUCT.match(name) or _COMPUTE.search(kernel))) else 0
 
 
 def _engine_type(layer: dict[str, Any]) -> str:
