@@ -28,6 +28,7 @@ from cli.gpu_steps import STACK_DOWN, STACK_UP, GpuStep, Where, ours, steps
 from deepseek.spec import build_dir
 from deepseek.spec.command import ExitCode, end_at_sigterm
 from deepseek.spec.files.folders import alone_in, write_whole
+from deepseek.spec.machine.gpus import why_none
 from deepseek.spec.machine.triton_release import TRITON_TAG, check_tag
 from deepseek.spec.processes.children import ends_with_us, free_ports
 from export.checks.gpu_baselines import without_gpu
@@ -66,7 +67,7 @@ def missing(machine: Machine) -> dict[str, str]:
     installed = shutil.which("docker") is not None
     docker = "no Docker engine answers this user: see docker info" if installed else "docker is not installed"
     return {
-        "gpu": "" if machine.gpus else "no GPU: nvidia-smi lists none",
+        "gpu": "" if machine.gpus else f"no GPU: {why_none()}",
         "torch": without_gpu() if machine.gpus else "",
         "fp8": "" if _numbers(capability) >= _numbers(FP8) else f"compute capability {capability or 'none'} has no FP8",
         "docker": "" if engines else docker,

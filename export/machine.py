@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from deepseek.spec.machine.gpus import why_none
 from deepseek.targets import PROVIDERS
 
 # In the lines of `docker info` for runtimes and for CDI devices; other lines hold names of hosts and kernels.
@@ -40,7 +41,7 @@ def accelerator() -> str:
 def missing_for_container() -> list[str]:
     """Requirements for TensorRT builds in NVIDIA's container that this machine does not meet."""
     listed = output_of("nvidia-smi", "-L")
-    missing = [] if "GPU" in listed else [f"an NVIDIA GPU ({'nvidia-smi lists none' if listed else 'no nvidia-smi'})"]
+    missing = [] if "GPU" in listed else [f"an NVIDIA GPU ({why_none()})"]
     if shutil.which("docker") is None:
         return [*missing, "Docker (no docker on PATH)"]
     information, why = _docker_information()

@@ -20,6 +20,8 @@ from export.runtimes.tensorrt_container import DOCKERFILE, image_name
 from tests.conftest import Refused, RunHere
 
 NVIDIA_SMI = "echo 'GPU 0: NVIDIA L4'"
+# What it prints if the driver was updated without a restart.
+DIFFERS = "echo Failed to initialize NVML: Driver/library version mismatch; echo NVML library version: 580.95; exit 18"
 DOCKER = 'echo "$@" >>"$RECORD"; case "$1" in info) echo "Runtimes: runc nvidia";; run) exit 7;; esac'
 
 
@@ -57,6 +59,10 @@ def host(machine: Path) -> Path:
         ({}, "an NVIDIA GPU (no nvidia-smi) and Docker (no docker on PATH)"),
         ({"nvidia-smi": NVIDIA_SMI}, "Docker (no docker on PATH)"),
         ({"nvidia-smi": "echo No devices found", "docker": DOCKER}, "an NVIDIA GPU (nvidia-smi lists none)"),
+        (
+            {"nvidia-smi": DIFFERS, "docker": DOCKER},
+            "an NVIDIA GPU (nvidia-smi fails: Failed to initialize NVML: Driver/library version mismatch)",
+        ),
         ({"nvidia-smi": NVIDIA_SMI, "docker": "exit 1"}, "a Docker engine that answers"),
         (
             {"nvidia-smi": NVIDIA_SMI, "docker": "echo Runtimes: runc; echo Name: nvidia"},
@@ -64,7 +70,7 @@ def host(machine: Path) -> Path:
         ),
         ({"nvidia-smi": NVIDIA_SMI, "docker": "echo permission denied >&2; exit 1"}, "permission to use Docker"),
     ],
-    ids=["nothing", "no docker", "no gpu", "no engine", "no runtime", "no permission"],
+    ids=["nothing", "no docker", "no gpu", "another driver", "no engine", "no runtime", "no permission"],
 )
 def test_what_a_machine_lacks_is_one_error_line(
     machine: Path, programs: dict[str, str], lacks: str, refused: Refused

@@ -39,6 +39,18 @@ def gpus() -> tuple[Gpu, ...]:
     return parse_gpus(run.stdout) if run.returncode == 0 else ()
 
 
+def why_none() -> str:
+    """Why `gpus` found none: what nvidia-smi says, such as that the driver was updated without a restart."""
+    try:
+        run = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return "no nvidia-smi"
+    except (OSError, subprocess.TimeoutExpired):
+        return "nvidia-smi does not answer"
+    said = (run.stdout + run.stderr).strip().partition("\n")[0]
+    return f"nvidia-smi fails: {said or f'exit code {run.returncode}'}" if run.returncode else "nvidia-smi lists none"
+
+
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
     """Parses nvidia-smi's CSV, which gives memory in MiB."""
     found = []
