@@ -211,6 +211,13 @@ def refuse(code: grpc.StatusCode, details: str, **trailing: str) -> Callable[[by
     return answer
 
 
+def refusing(protocol: str, line: str, code: grpc.StatusCode, reason: str) -> Any:
+    """A server of this protocol that answers each call with this status, and says why."""
+    if protocol == "http":
+        return answering(status(line, json.dumps({"error": reason})))
+    return grpc_answering(refuse(code, reason))
+
+
 def sign_itself(key: Path, certificate: Path, names: Sequence[str]) -> None:
     """Makes a self-signed certificate for these names, and its key."""
     if not shutil.which("openssl"):

@@ -35,7 +35,7 @@ from tests.failing_servers import (
     make_certificate,
     mute,
     protocols,
-    refuse,
+    refusing,
     status,
     url_of,
 )
@@ -50,11 +50,7 @@ def test_headers_and_the_request_id_are_sent(server: EmbeddedServer, protocol: s
         request = client.prepare("add_one", {"x": X}, request_id="order-7")
         headers = {"Traceparent": TRACE, "X-Shop": "a b"}
         np.testing.assert_array_equal(client.send(request, headers=headers)["y"], X + 1)  # a real server accepts them
-    failing: Any = (
-        answering(status("400 Bad Request"))
-        if protocol == "http"
-        else grpc_answering(refuse(grpc.StatusCode.INVALID_ARGUMENT, "no"))
-    )
+    failing = refusing(protocol, "400 Bad Request", grpc.StatusCode.INVALID_ARGUMENT, "no")
     with failing as (url, seen), kind(url, protocol) as client, pytest.raises(InvalidInput):
         client.send(request, headers=headers)
     if protocol == "http":
@@ -112,12 +108,8 @@ def test_headers_that_grpc_cannot_take_are_not_sent_again() -> None:
 @protocols
 def test_statistics_of_a_model_that_the_server_does_not_have(protocol: Any) -> None:
     reason = "requested model 'm' is not available"
-    refusing: Any = (
-        answering(status("400 Bad Request", f'{{"error": "{reason}"}}'))
-        if protocol == "http"
-        else grpc_answering(refuse(grpc.StatusCode.INVALID_ARGUMENT, reason))
-    )
-    with refusing as (url, _), InferenceClient(url, protocol) as client, pytest.raises(ModelNotFound, match=reason):
+    failing = refusing(protocol, "400 Bad Request", grpc.StatusCode.INVALID_ARGUMENT, reason)
+    with failing as (url, _), InferenceClient(url, protocol) as client, pytest.raises(ModelNotFound, match=reason):
         client.model_statistics("m")
 
 

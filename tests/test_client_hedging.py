@@ -30,8 +30,7 @@ from tests.failing_servers import (
     mute,
     prepared,
     protocols,
-    refuse,
-    status,
+    refusing,
     url_of,
 )
 from tests.gateway import wait_for
@@ -113,10 +112,9 @@ def test_a_process_exits_while_the_loser_still_connects(relays: MakeRelays, prot
 def test_a_refusal_by_the_hedge_ends_the_call(
     server: EmbeddedServer, protocol: str, line: str, code: grpc.StatusCode, expected: type, kind: Kind
 ) -> None:
-    refusing: Any = answering(status(line)) if protocol == "http" else grpc_answering(refuse(code, "no"))
     request = prepared(server, protocol)
     with (
-        refusing as (refused, _),
+        refusing(protocol, line, code, "no") as (refused, _),
         answering(mute) as (muted, _),
         client_of([muted, refused], protocol, kind, **HEDGED) as client,
     ):

@@ -32,7 +32,7 @@ from deepseek_client.transport import Tensor
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import replace_in, write_add_one
 from tests.conftest import FREE
-from tests.failing_servers import accepting, answering, grpc_answering, protocols, refuse, status, url_of
+from tests.failing_servers import accepting, protocols, refusing, status, url_of
 from tests.gateway import wait_for
 
 X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
@@ -144,9 +144,9 @@ def test_after_a_deadline_the_region_is_abandoned_and_unregistered(server: Embed
 
 def test_tensors_use_the_socket_if_the_server_refuses_shared_memory(repository: Path) -> None:
     flags = (f"--{name}=shared-memory:key=value" for name in ("http-restricted-api", "grpc-restricted-protocol"))
-    with serve(repository, *flags) as refusing:
+    with serve(repository, *flags) as server:
         for protocol in ("http", "grpc"):
-            with client_of(refusing, protocol, "auto") as client:
+            with client_of(server, protocol, "auto") as client:
                 request = client.prepare("fixed", {"x": X})
                 for _ in range(2):
                     np.testing.assert_array_equal(client.send(request)["y"], X + 1)
@@ -159,12 +159,7 @@ DISABLED = "client shared memory is disabled; enable it with --allow-client-shm=
 
 @protocols
 def test_disabled_shared_memory_is_not_mistaken_for_a_lost_connection(protocol: str) -> None:
-    refusing: Any = (
-        answering(status("503 Service Unavailable", json.dumps({"error": DISABLED})))
-        if protocol == "http"
-        else grpc_answering(refuse(grpc.StatusCode.UNAVAILABLE, DISABLED))
-    )
-    with refusing as (url, seen):
+    with refusing(protocol, "503 Service Unavailable", grpc.StatusCode.UNAVAILABLE, DISABLED) as (url, seen):
         client = InferenceClient(url, protocol, shared_memory=True)  # type: ignore[arg-type]
         with client, pytest.raises(InvalidInput, match=r"is disabled.*'auto' uses the socket"):
             client.send(REQUEST)

@@ -136,6 +136,11 @@ def attempts(
     return tried, instant.slept, ended, counters
 
 
+async def answered(replica: Replica, cancel: Any) -> str:
+    """An attempt that succeeds."""
+    return "answer"
+
+
 BUSY, LOST, GONE = ServerBusy("full"), ConnectionLost("cut"), Unreachable("refused")
 LATER = ServerBusy("full", 5.0)
 
@@ -210,11 +215,8 @@ def test_a_retry_waits_if_a_hedge_has_tried_the_other_replica(monkeypatch: pytes
 
 
 def test_hedges_stay_within_the_budget_and_end_with_the_client() -> None:
-    async def attempt(replica: Replica, cancel: Any) -> str:
-        return "answer"
-
     def call() -> str:
-        return run(retrier.call(attempt, Deadline(60), "m", hedged=True))
+        return run(retrier.call(answered, Deadline(60), "m", hedged=True))
 
     counters = Counters()
     retrier, _ = retrier_of(("h:1",), counters, idempotent=True, hedge_after_ms=5, retry_budget=0.0)
@@ -228,11 +230,8 @@ def test_hedges_stay_within_the_budget_and_end_with_the_client() -> None:
 
 @pytest.mark.parametrize(("timeout_s", "after_s"), [(60, 15), (1e-9, 0)])
 def test_a_percentile_of_few_calls_is_a_share_of_the_time_left(timeout_s: float, after_s: float) -> None:
-    async def attempt(replica: Replica, cancel: Any) -> str:
-        return "answer"
-
     retrier, _ = retrier_of(("h:1",), Counters(), idempotent=True, hedge_after_ms="p90")
-    said = run(retrier.call(attempt, Deadline(timeout_s), "m", hedged=True))
+    said = run(retrier.call(answered, Deadline(timeout_s), "m", hedged=True))
     found_s = float(said.removeprefix("hedged after ").removesuffix(" s"))
     assert found_s == pytest.approx(after_s, abs=0.1)
     assert found_s >= 0
@@ -261,6 +260,7 @@ def test_retry_after_delays_the_retry(server: EmbeddedServer) -> None:
 
 
 ENVOY = "upstream connect error or disconnect/reset before headers. reset reason: connection termination"
+RESTRICTED = "This protocol is restricted, expecting header 'triton-grpc-protocol-key'"
 FULL, NOT_SENT = '{"error": "Exceeds maximum queue size"}', '{"error": "try again", "unsent": true}'
 
 
@@ -298,14 +298,7 @@ def test_an_inference_is_repeated_after_503_only_if_it_did_not_run(
         ("UNAVAILABLE", "overloaded", {"retry_after": "0"}, ServerBusy, 1, False),
         ("UNAVAILABLE", "Exceeds maximum queue size", {}, ServerBusy, 3, False),
         ("UNAVAILABLE", "try again", {"grpc_retry_pushback_ms": "1"}, ServerBusy, 3, False),
-        (
-            "UNAVAILABLE",
-            "This protocol is restricted, expecting header 'triton-grpc-protocol-key'",
-            {},
-            AccessDenied,
-            1,
-            False,
-        ),
+        ("UNAVAILABLE", RESTRICTED, {}, AccessDenied, 1, False),
         ("CANCELLED", "CANCELLED", {}, ConnectionLost, 3, True),
         ("CANCELLED", "CANCELLED", {}, ConnectionLost, 1, False),  # by Triton, when its exit time-out is over
     ],

@@ -18,15 +18,17 @@ from deepseek_client.metadata import DTYPES
 from deepseek_client.server_errors import error_of_status
 from deepseek_client.tensors import to_bytes, to_numpy
 
-MODEL = ModelMetadata(
-    name="m",
-    versions=("1",),
-    platform="",
-    inputs=(
-        TensorMetadata(name="ids", datatype="INT64", shape=(-1, 3)),
-        TensorMetadata(name="text", datatype="BYTES", shape=(-1, 1), optional=True),
-    ),
-    outputs=(),
+
+def model_of(*inputs: TensorMetadata, max_batch_size: int | None = 0) -> ModelMetadata:
+    """The signature of a model with these inputs."""
+    return ModelMetadata(
+        name="m", versions=("1",), platform="", inputs=inputs, outputs=(), max_batch_size=max_batch_size
+    )
+
+
+MODEL = model_of(
+    TensorMetadata(name="ids", datatype="INT64", shape=(-1, 3)),
+    TensorMetadata(name="text", datatype="BYTES", shape=(-1, 1), optional=True),
     max_batch_size=4,
 )
 IDS = np.ones((2, 3), np.int64)
@@ -67,7 +69,7 @@ def test_inputs_that_do_not_fit_the_signature_are_refused(inputs: dict, says: st
 
 def test_without_the_configuration_the_server_checks_batches_and_missing_inputs() -> None:
     spec = TensorMetadata(name="ids", datatype="INT64", shape=(-1, 3), optional=True)
-    hidden = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=None)
+    hidden = model_of(spec, max_batch_size=None)
     assert hidden.check({}) == [None]
     assert hidden.check({"ids": np.ones((40, 3), np.int64)})[0] is not None
 
@@ -118,7 +120,7 @@ def test_rows_of_an_evaluation_file_are_picked_one_by_one(tmp_path: Path) -> Non
 def test_bf16_in_an_npz_file_keeps_its_type(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.ones((1, 3), DTYPES["BF16"]))  # numpy writes it as |V2
     spec = TensorMetadata(name="x", datatype="BF16", shape=(-1, 3))
-    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=4)
+    metadata = model_of(spec, max_batch_size=4)
     found = metadata.check(read_inputs(tmp_path / "x.npz", metadata))[0]
     assert found is not None
     assert (found.dtype, found.tolist()) == (DTYPES["BF16"], [[1, 1, 1]])
@@ -174,8 +176,7 @@ def test_a_json_request_to_a_server_that_describes_no_inputs_has_numpys_types(tm
 @pytest.mark.parametrize(("datatype", "value"), [("INT64", 1), ("BYTES", "a")])
 def test_more_dimensions_than_numpy_iterates_over_are_refused(tmp_path: Path, datatype: str, value: Any) -> None:
     (tmp_path / "x.json").write_text(f'{{"x": {"[" * 40}{json.dumps(value)}{"]" * 40}}}')
-    spec = TensorMetadata(name="x", datatype=datatype, shape=(-1,))
-    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=0)
+    metadata = model_of(TensorMetadata(name="x", datatype=datatype, shape=(-1,)))
     with pytest.raises(InvalidInput, match="of 40 dimensions; the model takes 1"):
         metadata.check(read_inputs(tmp_path / "x.json", metadata))
 
@@ -201,7 +202,6 @@ def test_a_json_value_that_would_lose_precision_is_refused(
     tmp_path: Path, value: list, datatype: str, says: str
 ) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"x": value}))
-    spec = TensorMetadata(name="x", datatype=datatype, shape=(-1,))
-    metadata = ModelMetadata(name="m", versions=(), platform="", inputs=(spec,), outputs=(), max_batch_size=0)
+    metadata = model_of(TensorMetadata(name="x", datatype=datatype, shape=(-1,)))
     with pytest.raises(InvalidInput, match=says):
         read_inputs(tmp_path / "x.json", metadata)

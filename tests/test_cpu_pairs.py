@@ -27,6 +27,15 @@ def optimized(path: Path, folder: Path) -> onnx.GraphProto:
     return onnx.load(folder / "optimized.onnx").graph
 
 
+def executed(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The operators that ONNX Runtime runs, and y."""
+    onnx.checker.check_model(model, full_check=True)
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    operators = [node.op_type for node in optimized(path, folder).node]
+    return operators, onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
 def pair(name: str) -> str:
     """The pair of a value: `<name>_q` between, `<name>_d` behind it."""
     return f"{name}_q = QuantizeLinear ({name}, s, z) {name}_d = DequantizeLinear ({name}_q, s, z)"
@@ -50,11 +59,7 @@ def quantized(nodes: str, weights: int = 1) -> onnx.ModelProto:
 
 
 def served(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The operators that ONNX Runtime runs, and y."""
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(changed(model, quantize_weights, use_unsigned_activations), folder / "model.onnx")
-    operators = [node.op_type for node in optimized(folder / "model.onnx", folder).node]
-    return operators, onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"x": x})[0]
+    return executed(changed(model, quantize_weights, use_unsigned_activations), folder, x)
 
 
 def changed(model: onnx.ModelProto, *changes: Callable[[onnx.ModelProto], None]) -> onnx.ModelProto:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from export.precision.cpu.pairs import use_unsigned_activations
 from export.precision.cpu.products import batched_weights, merge_biases, separate_readers, with_wide_attention
 from export.precision.qdq import quantize_weights, use_one_scale_a_tensor
-from tests.test_cpu_pairs import STEP, changed, optimized, pair, steps
+from tests.test_cpu_pairs import STEP, changed, executed, pair, steps
 
 INPUTS, OUTPUTS = 8, 6
 
@@ -31,12 +30,6 @@ def graph(nodes: str, *, shape: str = "2, 3, 8", transposed: bool = False) -> on
     tensors["column"] = random.standard_normal((3, 1)).astype(np.float32)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in tensors.items())
     return model
-
-
-def run(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> np.ndarray:
-    onnx.save(model, folder / "model.onnx")
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
 
 
 def wide(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,12 +71,10 @@ def test_a_product_and_its_bias_run_in_integers(tmp_path: Path, nodes: str, sett
     model = graph(nodes, **settings)
     x = steps(tuple(map(int, settings.get("shape", "2, 3, 8").split(","))))
     made = changed(model, quantize_weights, use_unsigned_activations, merge_biases)
-    onnx.checker.check_model(made, full_check=True)
-    y = run(made, tmp_path, x)
-    operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
+    operators, y = executed(made, tmp_path, x)
     assert "QGemm" in operators
     assert "Add" not in operators
-    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=float(STEP) / 2 + 1e-3)
+    np.testing.assert_allclose(y, executed(wide(model), tmp_path, x)[1], rtol=0.02, atol=float(STEP) / 2 + 1e-3)
 
 
 @pytest.mark.parametrize("product", ["Gemm (x_d, w_d, b)", "MatMul (x_d, w_d)"])
@@ -102,11 +93,9 @@ def test_a_product_and_its_bias_run_in_integers(tmp_path: Path, nodes: str, sett
 def test_a_product_runs_in_integers_whatever_reads_it(tmp_path: Path, product: str, readers: str) -> None:
     model, x = graph(f"p = {product} {readers}", shape="3, 8"), steps((3, 8))
     made = changed(model, quantize_weights, use_unsigned_activations, merge_biases, separate_readers)
-    onnx.checker.check_model(made, full_check=True)
-    y = run(made, tmp_path, x)
-    operators = [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
+    operators, y = executed(made, tmp_path, x)
     assert {"QGemm", "MatMulIntegerToFloat", "QLinearMatMul"} & set(operators), operators
-    np.testing.assert_allclose(y, run(wide(model), tmp_path, x), rtol=0.02, atol=float(STEP) / 2 + 1e-3)
+    np.testing.assert_allclose(y, executed(wide(model), tmp_path, x)[1], rtol=0.02, atol=float(STEP) / 2 + 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +146,6 @@ def test_weights_with_a_batch_axis_have_one_scale_and_their_product_runs_in_inte
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     use_one_scale_a_tensor(model, batched_weights(model))
     x = steps((1, 3, 8))
-    y = run(changed(model, quantize_weights, use_unsigned_activations), tmp_path, x)
-    assert "MatMulIntegerToFloat" in [node.op_type for node in optimized(tmp_path / "model.onnx", tmp_path).node]
+    operators, y = executed(changed(model, quantize_weights, use_unsigned_activations), tmp_path, x)
+    assert "MatMulIntegerToFloat" in operators
     np.testing.assert_allclose(y, x @ weight, atol=0.05)

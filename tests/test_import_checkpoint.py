@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from cli.commands import BY_NAME
 from cli.main import values_of
 from cli.model_folder.checkpoint import HEADS, KINDS, Checkpoint
-from cli.model_folder.import_checkpoint import main
 from deepseek.spec import DeploymentSpec, InputError
 from export.checks.parity import main as parity
 from export.model_folder import ModelFolder
@@ -27,7 +26,16 @@ from export.stages.publish import main as publish
 from export.stages.to_onnx import export_model
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
-from tests.tiny_checkpoints import CONFIGS, LABELS, MEAN, POSITIONS, change, write_checkpoint, write_modules
+from tests.tiny_checkpoints import (
+    CONFIGS,
+    LABELS,
+    MEAN,
+    POSITIONS,
+    change,
+    import_checkpoint,
+    write_checkpoint,
+    write_modules,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,11 +49,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     folder = tmp_path_factory.mktemp("import")
     modules = {}
     for task, kind in KIND_OF.items():
-        modules[task] = write_checkpoint(folder / "checkpoints" / task, kind, task)
-        change(folder / "checkpoints" / task, return_dict=False)  # saved for TorchScript
+        modules[task] = write_checkpoint(folder / task, kind, task)
+        change(folder / task, return_dict=False)  # saved for TorchScript
         if task == "encoder":
-            write_modules(folder / "checkpoints" / task, MEAN, "Normalize")
-        main(values_of("import", str(folder / "checkpoints" / task), "--models", str(folder / "models")))
+            write_modules(folder / task, MEAN, "Normalize")
+        import_checkpoint(folder / task)
     return folder, modules
 
 
@@ -142,7 +150,7 @@ def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:
         write_checkpoint(folder, "bert", task)
         settings = {"prompts": prompts, "default_prompt_name": default}
         (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
-        main(values_of("import", str(folder), "--models", str(tmp_path / "models"), "--name", name))
+        import_checkpoint(folder, "--name", name)
         text = DeploymentSpec.of_model(name, tmp_path / "models").text
         assert text is not None
         assert (text.prompts, text.default_prompt) == ((prompts, default) if task == "encoder" else ({}, None))
@@ -153,11 +161,11 @@ def test_the_prompts_of_an_encoder_are_kept(tmp_path: Path) -> None:
 def test_each_allowed_kind_of_model_gives_what_transformers_gives(
     kind: str, task: str, tmp_path: Path, own_build: Path
 ) -> None:
-    module = write_checkpoint(tmp_path / "checkpoints" / task, kind, task)
+    module = write_checkpoint(tmp_path / task, kind, task)
     if task == "encoder":
         pooling = {"pooling_mode": "lasttoken"} if KINDS[kind].generates else MEAN
-        write_modules(tmp_path / "checkpoints" / task, pooling, "Normalize")
-    main(values_of("import", str(tmp_path / "checkpoints" / task), "--models", str(tmp_path / "models")))
+        write_modules(tmp_path / task, pooling, "Normalize")
+    import_checkpoint(tmp_path / task)
     export_model(ModelFolder(task, tmp_path / "models"))
     graph = own_build / task / "fp32" / "model.onnx"
     inputs = batch(tmp_path, task)
@@ -246,7 +254,7 @@ def test_the_tokenizer_lower_cases_and_cuts_as_the_checkpoint_says_and_pads_on_t
     tokenizer.save(str(path))
     (tmp_path / "some" / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
     (tmp_path / "some" / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
-    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    import_checkpoint(tmp_path / "some")
     found = Tokenizer.from_file(str(tmp_path / "models" / "some" / "checkpoint" / "tokenizer.json"))
     assert found.padding == {**(tokenizer.padding or {}), "direction": "right"}
     assert found.encode("A Text").ids == [*tokenizer.encode("a text").ids[13:], *[0] * 13]
@@ -285,7 +293,7 @@ def test_the_class_of_the_tokenizer_normalizes_as_in_transformers(
     tokenizer.save(str(path))
     if settings:
         (tmp_path / "some" / "tokenizer_config.json").write_text(json.dumps(settings))
-    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    import_checkpoint(tmp_path / "some")
     found = json.loads((tmp_path / "models" / "some" / "checkpoint" / "tokenizer.json").read_text())[part]
     assert found == json.loads(expected.__getstate__())
 
@@ -341,7 +349,7 @@ def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path
     with torch.inference_mode():
         expected = module(*inputs).last_hidden_state[0].mean(0)
         for name in ("parts", "pickle", "links"):
-            main(values_of("import", str(tmp_path / name), "--models", str(tmp_path / "models")))
+            import_checkpoint(tmp_path / name)
             assert not any(path.is_symlink() for path in (tmp_path / "models" / name).rglob("*"))
             (found,) = ModelFolder(name, tmp_path / "models").load()(*inputs)
             torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=0)
@@ -349,7 +357,7 @@ def test_weights_in_parts_pickles_and_links_are_copied_and_loaded(tmp_path: Path
 
 def test_without_a_tokenizer_the_samples_are_random_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(tmp_path / "some.v1", "bert", "classifier", tokenizer=False)
-    main(values_of("import", str(tmp_path / "some.v1"), "--models", str(tmp_path / "models")))
+    import_checkpoint(tmp_path / "some.v1")
     assert "no tokenizer.json: callers send token ids, the samples are random ids" in capsys.readouterr().out
     folder = ModelFolder("some-v1", tmp_path / "models")
     assert folder.spec.precision.candidates == ("fp16",)

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from cli.main import values_of
-from cli.model_folder.import_checkpoint import main
-from tests.tiny_checkpoints import change, write_checkpoint
+from tests.tiny_checkpoints import change, import_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,7 +17,7 @@ PAIRS = "one label: taken for a cross-encoder, whose texts are pairs"
 
 def imported(folder: Path, *words: str) -> str:
     """Imports a checkpoint; returns the text of its deploy.toml."""
-    main(values_of("import", str(folder), "--models", str(folder.parent / "models"), *words))
+    import_checkpoint(folder, *words)
     return (folder.parent / "models" / folder.name / "deploy.toml").read_text()
 
 

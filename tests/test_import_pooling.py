@@ -11,10 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cli.main import values_of
-from cli.model_folder.import_checkpoint import main
 from export.model_folder import ModelFolder
-from tests.tiny_checkpoints import MEAN, change, write_checkpoint, write_modules
+from tests.tiny_checkpoints import MEAN, change, import_checkpoint, write_checkpoint, write_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +47,7 @@ def test_an_embedding_is_made_as_the_checkpoint_says(
     module = write_checkpoint(tmp_path / "some", "bert")
     write_modules(tmp_path / "some", settings, *more)
     (tmp_path / "some" / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find "}}')
-    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    import_checkpoint(tmp_path / "some")
     folder = ModelFolder("some", tmp_path / "models")
     ids, mask = torch.tensor([[1, 9, 17, 2, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0, 0]])
     with torch.inference_mode():
@@ -66,7 +64,7 @@ def test_an_embedding_is_cut_to_truncate_dim_after_it_is_normalized(tmp_path: Pa
     found = {}
     for name, settings in (("whole", "{}"), ("cut", '{"truncate_dim": 8}')):
         (tmp_path / "some" / "config_sentence_transformers.json").write_text(settings)
-        main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models"), "--name", name))
+        import_checkpoint(tmp_path / "some", "--name", name)
         folder = ModelFolder(name, tmp_path / "models")
         with torch.inference_mode():
             (found[name],) = folder.load()(*inputs)
@@ -82,7 +80,7 @@ def test_tokens_without_an_embedding_are_text(tmp_path: Path, capsys: pytest.Cap
     tokenizer.add_special_tokens(["<image>"])
     tokenizer.save(str(tmp_path / "some" / "tokenizer.json"))
     assert tokenizer.token_to_id("<image>") == 96
-    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    import_checkpoint(tmp_path / "some")
     assert "tokens that the model has no embedding for are text here: <image>" in capsys.readouterr().out
     copy = Tokenizer.from_file(str(tmp_path / "models" / "some" / "checkpoint" / "tokenizer.json"))
     assert max(copy.encode("<image>").ids) < 96

@@ -12,14 +12,12 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from cli.main import values_of
 from cli.model_folder.checkpoint import Checkpoint
-from cli.model_folder.import_checkpoint import main
 from deepseek.spec import InputError
 from export.model_folder import ModelFolder
 from tests.add_one import replace_in
 from tests.conftest import Refused
-from tests.tiny_checkpoints import MEAN, change, write_checkpoint, write_modules
+from tests.tiny_checkpoints import MEAN, change, import_checkpoint, write_checkpoint, write_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +34,7 @@ def test_weights_that_do_not_fit_the_config_are_one_line(values: dict[str, Any],
     logging.set_verbosity_warning()  # would print a table of the weights
     write_checkpoint(tmp_path / "some", "bert")
     change(tmp_path / "some", **values)
-    main(values_of("import", str(tmp_path / "some"), "--models", str(tmp_path / "models")))
+    import_checkpoint(tmp_path / "some")
     with pytest.raises(InputError, match=rf"no weights for {names} in the sizes of config.json"):
         ModelFolder("some", tmp_path / "models").load()
     assert logging.get_verbosity() == logging.ERROR

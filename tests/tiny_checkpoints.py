@@ -11,6 +11,9 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from cli.main import values_of
+from cli.model_folder.import_checkpoint import main
+
 POSITIONS = 66  # max_position_embeddings
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -85,6 +88,11 @@ def write_checkpoint(folder: Path, kind: str, task: str = "encoder", *, tokenize
     if tokenizer:
         write_tokenizer(folder / "tokenizer.json", config.pad_token_id or 0)
     return model
+
+
+def import_checkpoint(folder: Path, *words: str) -> None:
+    """Imports a checkpoint into the folder models/ beside it."""
+    main(values_of("import", str(folder), "--models", str(folder.parent / "models"), *words))
 
 
 def write_tokenizer(path: Path, padding: int) -> None:
