@@ -133,6 +133,10 @@ def test_rows_of_a_batch_may_influence_one_another_if_it_is_one_request(tmp_path
     joined = FIXED.replace("min = 4\nopt = 4\nmax = 4", "min = 2\nopt = 4\nmax = 8")
     with pytest.raises(InputError, match=r"'y' of 2 row\(s\) alone is off by .* in a batch of 4"):
         export_model(tiny(tmp_path / "joined", toml=joined, body=body))
+    ranks = TOML.replace('[outputs.y]\ndtype = "float32"', '[outputs.y]\ndtype = "int64"')
+    export_model(tiny(tmp_path / "ranks", toml=ranks, body="return self.line(x).argsort(1)"))
+    with pytest.raises(InputError, match=r"'y' of 1 row\(s\) alone is off by .* nearly equal scores are ranked"):
+        export_model(tiny(tmp_path / "joined ranks", toml=ranks, body="return (x - x.mean(0)).argsort(1)"))
 
 
 def test_a_constant_output_is_made_by_a_node_since_autocast_would_lose_it(tmp_path: Path) -> None:

@@ -51,6 +51,15 @@ def test_time_counts_as_waiting_or_training_and_a_checkpoint_as_neither(
     assert meter.starved(0) == (said if share > 0.5 else None)
 
 
+def test_a_log_has_lines_instead_of_a_bar_even_if_it_has_colours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    train_model(network(), points(), points(1), cross_entropy, settings(max_epochs=1))
+    printed = capsys.readouterr().err
+    assert ("epoch 1, step 4" in printed, "\r" in printed, "lr " in printed) == (True, False, False)
+
+
 def test_merging_points_keeps_sums_spikes_and_the_end_of_a_curve() -> None:
     meter, steps = Meter(), 5 * MOST + 3
     for number, _ in enumerate(meter.timed(range(steps)), 1):

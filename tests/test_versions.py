@@ -196,6 +196,8 @@ def test_a_rollback_skips_damaged_versions_and_needs_an_intact_one(
     assert versions_of(tmp_path / "back") == [1]
     assert sorted(path.name for path in (tmp_path / "withdrawn").iterdir()) == ["2", "3", "warmup"]
     assert not list((tmp_path / "back" / "warmup").glob("2-*"))
+    with pytest.raises(InputError, match=r"no version before 1 to go back to; .*: make release$"):
+        previous_intact(tmp_path / "back")
     damage(live / "1" / "model.onnx")
     with pytest.raises(GateFailed, match=r"no version before 3 to go back to; text/2: model.onnx is damaged"):
         previous_intact(live)

@@ -43,4 +43,4 @@ def text_encoder(spec: DeploymentSpec, path: Path | None = None, lengths: Sequen
         encoder.encode([UNKNOWN if spec.text.pairs else UNKNOWN[0]])  # fails if unknown words have no token
         return encoder
     except Exception as error:  # the library has no narrower one
-        raise InputError(f"{path}: not a tokenizer that fits [text]: {error}") from None
+        raise InputError(f"text.tokenizer: {path}: not a tokenizer that fits [text]: {error}") from None

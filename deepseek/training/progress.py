@@ -16,7 +16,8 @@ class ProgressLine:
     def __init__(self, total_steps: int, shown: bool) -> None:
         self.console = Console(stderr=True, quiet=not shown, highlight=False, soft_wrap=True, markup=False)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        shown_live = self.console.file.isatty()  # rich's `is_terminal` is also true for a log with FORCE_COLOR=1
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not shown_live)
         self.task = self.bar.add_task("training", total=total_steps)
         self.said_at = -math.inf
         self.summary = ""

@@ -26,6 +26,7 @@ from export.rows import Row, join
 HALF_TOLERANCE = 2e-3  # a float16 output rounds to 11 bits
 ROW_TOLERANCE = 0.01  # a batch may run other kernels than a single row
 _WIDENED = "; load()'s 16-bit weights were widened to float32, so cast to the weights' dtype, not to a fixed one"
+_TIES = "; if nearly equal scores are ranked, set common in [parity.fp32] of deploy.toml, or return the scores too"
 
 
 def traced_sizes(spec: DeploymentSpec) -> dict[str, int]:
@@ -222,7 +223,7 @@ def check_repeatable(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) 
 def check_rows_independent(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> None:
     """Raises InputError if the outputs of the smallest request depend on the rows that Triton adds from other callers.
 
-    Compares only float outputs; integers may differ by a tie.
+    Compares the float outputs, and the others only if there are none: the ranks of nearly equal scores may differ.
     """
     rows, least = len(next(iter(inputs.values()))), spec.axes[BATCH].min
     if rows < 2 * least:  # one request
@@ -234,13 +235,15 @@ def check_rows_independent(spec: DeploymentSpec, model: torch.nn.Module, inputs:
             for start, end in itertools.pairwise([*range(0, rows - least + 1, least), rows])
         ]
     )
-    for name, value in alone.items():
+    floats = {name: value for name, value in alone.items() if value.dtype.kind == "f"}
+    for name, value in (floats or alone).items():
         error = error_of(value, together[name])
-        if value.dtype.kind == "f" and not error <= max(ROW_TOLERANCE, tolerance_of(spec, value)):
+        if not error <= max(ROW_TOLERANCE if floats else 0.0, tolerance_of(spec, value)):
             raise InputError(
                 f"{model_py(spec)}: output {name!r} of {least} row(s) alone is off by {error:.3g} from the same in a "
                 f"batch of {rows}: rows influence one another, but Triton batches requests of different callers; "
                 "compute each row by itself, or set [axes.batch] to min = opt = max: each request is then one batch"
+                f"{'' if floats else _TIES}"
             )
 
 

@@ -111,8 +111,16 @@ def move_in(staged: Path, number: int, model: Path, *, before: int | None) -> No
 
 
 def previous_intact(model: Path) -> int:
-    """The newest intact version before the served one; raises GateFailed if there is none."""
+    """The newest intact version before the served one.
+
+    Raises InputError if there is no earlier version, GateFailed if all of them are damaged.
+    """
     versions = versions_of(model)
+    if len(versions) == 1:
+        raise InputError(
+            f"{model}: no version before {versions[0]} to go back to; to serve another model, change it, then: "
+            "make release"
+        )
     reasons = []
     for version in versions[1:]:
         _, wrong = check_under(model, version, model / str(version) / CONFIG)
