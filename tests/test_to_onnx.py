@@ -168,6 +168,7 @@ def test_a_size_baked_into_forward_is_refused(tmp_path: Path, body: str, capfd: 
         "return x.mean(1) * -(-x.shape[1] // 4)",
         "return x.mean(1) + torch.linspace(1, 3, x.shape[1]).square().sum()",
         "return x.mean(1) / math.sqrt(x.shape[1])",
+        "return x.mean(1).index_put((torch.arange(len(x)), x[:, 0, 0].long() % 8), torch.ones(()), accumulate=True)",
         "return x.mean(1) + (x * 9 % x.shape[1] + (x * 9).long() % x.shape[1]).mean(1)",
         "pool = torch.nn.MaxPool1d(3, 2, 1, ceil_mode=True); return pool(x.mT).mean(2) + x.mean(1)",
         "return torch.nn.AdaptiveMaxPool2d((None, 1))(x.mT[:, None]).flatten(1)",
@@ -175,7 +176,14 @@ def test_a_size_baked_into_forward_is_refused(tmp_path: Path, body: str, capfd: 
         "return self.longer(x[:, ::2].mT, output_size=x.shape[1:2]).mean(2)",
     ],
     ids=[
-        *("after a recurrent layer", "rounded up", "as a number of steps", "under a root", "as a divisor"),
+        *(
+            "after a recurrent layer",
+            "rounded up",
+            "as a number of steps",
+            "under a root",
+            "as the len",
+            "as a divisor",
+        ),
         *("in windows", "in a row of maxima", "in a row of means", "as a size of a convolution"),
     ],
 )

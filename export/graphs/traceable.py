@@ -30,7 +30,7 @@ def with_any_attention(export: Callable[[], torch.onnx.ONNXProgram | None]) -> t
 
 
 @contextlib.contextmanager
-def traceable() -> Iterator[None]:
+def traceable(model: torch.nn.Module) -> Iterator[None]:
     """Replaces what PyTorch 2.13 cannot trace in its own modules.
 
     LSTM and GRU: the exporter computes shapes twice, and registers these only for the first time. In the second one it
@@ -48,7 +48,7 @@ def traceable() -> Iterator[None]:
 
     nn.ConvTranspose1d and 2d with `output_size`: the padding at the end depends on a size, which ONNX does not allow.
 
-    nn.MaxPool1d, torch.linspace and math.sqrt: a size becomes a constant.
+    nn.MaxPool1d, torch.linspace, math.sqrt, and `len` of a tensor where a `forward` is: a size becomes a constant.
     """
     with contextlib.ExitStack() as replaced:
         with contextlib.suppress(ImportError):  # older versions lack them
@@ -64,15 +64,25 @@ def traceable() -> Iterator[None]:
         replaced.enter_context(mock.patch.object(torch, "linspace", _linspace))
         replaced.enter_context(mock.patch.object(torch, "max_pool1d", _max_pool1d))
         replaced.enter_context(mock.patch.object(math, "sqrt", _sqrt))
+        for names in (getattr(type(part).forward, "__globals__", {}) for part in model.modules()):
+            of_user = not str(names.get("__name__", "torch")).startswith("torch.")  # PyTorch itself needs the builtin
+            if of_user and "len" not in names:
+                names["len"] = _len
+                replaced.callback(names.pop, "len")
         for name, own in _OWN.items():
             replaced.enter_context(mock.patch.object(torch.nn.functional, name, own))
         yield
 
 
+_len_as_integer = len
 _sqrt_of_number = math.sqrt
 _linspace_of_fixed_size = torch.linspace
 _bags_by_offsets = torch.nn.functional.embedding_bag
 _attention_of_heads = torch.nn.functional.scaled_dot_product_attention
+
+
+def _len(value: Any, /) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else _len_as_integer(value)
 
 
 def _sqrt(value: Any, /) -> Any:

@@ -79,7 +79,7 @@ def onnx_from_torch(
     )
 
     def export() -> torch.onnx.ONNXProgram | None:
-        with quiet(), traceable():
+        with quiet(), traceable(model):
             return torch.onnx.export(
                 model,
                 tuple(torch.from_numpy(example[name]) for name in spec.inputs),
