@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +110,23 @@ def test_of_many_unknown_fields_only_the_first_is_reported() -> None:
         with pytest.raises(ValidationError) as error:
             SimilarityRequest.model_validate(fields)
         assert error.value.error_count() == 1
+
+
+@pytest.mark.parametrize("value", ["[]", "{}", '""', '"a"', "1", '{"a":1}', '"\\\\"', '"\\""'])
+def test_a_body_of_very_many_values_is_refused_before_the_parser_needs_many_times_its_size(value: str) -> None:
+    body = f'{{"model": "m", "input": [{",".join([value] * 600_000)}]}}'.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ApiError, match="too many JSON values; allowed: up to 2048 texts"):
+            E.read(body)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(body) + 10**6
+    finally:
+        tracemalloc.stop()
+
+
+def test_punctuation_inside_texts_is_no_value() -> None:
+    text = '[,{ "\\' * 100_000
+    assert E.read(json.dumps({"model": "m", "input": [text, text]}).encode()).input == [text, text]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ Example:
 """
 
 import json
+import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +22,8 @@ from serving.openai.errors import ApiError
 
 MOST_TEXTS = 2048  # as OpenAI
 LONGEST_NAME = 255  # of a model's folder
+MOST_VALUES = 200_000  # strings, arrays, objects and commas outside strings: some 20 MB of memory
+_VALUE = re.compile(rb'"[^"]*"?|[,\[{]')
 SHOWN = 60  # characters of a value in a message
 
 
@@ -52,6 +56,9 @@ class RequestBody(Fields):
     @classmethod
     def read(cls, body: bytes) -> Self:
         """The fields in a body."""
+        if _has_too_many_values(body):
+            allowed = f"up to {MOST_TEXTS} texts, as strings and not as token ids"
+            raise ApiError(400, f"the body has too many JSON values; allowed: {allowed}")
         try:
             fields = json.loads(body.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -69,6 +76,14 @@ class RequestBody(Fields):
             return cls.model_validate(fields)
         except ValidationError as error:
             raise _refusal(cls, error) from None
+
+
+def _has_too_many_values(body: bytes) -> bool:
+    """Whether the parser would need far more memory than the body: 40 times its size for nested lists."""
+    if len(body) <= MOST_VALUES or sum(map(body.count, (b",", b"[", b"{"))) <= MOST_VALUES:
+        return False
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # a quote now starts or ends a string
+    return next(islice(_VALUE.finditer(unescaped), MOST_VALUES, None), None) is not None
 
 
 def _refusal(fields: type[BaseModel], error: ValidationError) -> ApiError:
