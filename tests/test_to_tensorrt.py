@@ -228,6 +228,34 @@ def test_a_product_that_is_fused_with_what_follows_it_counts() -> None:
     assert compute_layers([{**layer("kgen", "Half", TacticName="__myl_Add_0x1"), "Name": "conv1/Relu_myl0_1"}]) == {}
 
 
+def test_products_that_one_kernel_runs_together_count_each() -> None:
+    # NVIDIA/TensorRT#4397: key, query and value. Convolutions: a public list of the layers of a detector's engine.
+    merged = {**layer("gemm", "Int8"), "Name": "/mha/key/MatMul+/mha/query/MatMul+/mha/value/MatMul_myl0_16"}
+    convolutions = {**layer("CaskGemmConvolution", "Half"), "Name": "/m.0/cv1/conv/Conv || /m.0/cv2/conv/Conv"}
+    followed = {**layer("CaskConvolution", "Half"), "Name": "W + /Q_w + /conv/Conv + PWN(PWN(/Sigmoid), PWN(/Mul))"}
+    assert compute_layers([merged, convolutions, followed]) == {"int8": 3, "fp16": 3}
+
+
+def test_names_of_convolutions_and_attention_in_fused_regions_count() -> None:
+    assert compute_layers([layer("correlation", "Int8")]) == {"int8": 1}
+    assert compute_layers([layer("kgen", "Half", TacticName="_gemv_mha_v1_0x1")]) == {"fp16": 2}
+    assert compute_layers([layer("kgen", "Half", TacticName="__mye8037_gemm_mha_v2")]) == {"fp16": 2}
+
+
+@pytest.mark.parametrize("answer", ["", '{"Layers": [', "{}"])
+def test_an_inspector_that_answers_with_something_else_does_not_end_the_build(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = install_tensorrt(monkeypatch)
+    inspector = SimpleNamespace(get_engine_information=lambda _: answer)
+    engine = SimpleNamespace(create_execution_context=SimpleNamespace, create_engine_inspector=lambda: inspector)
+    monkeypatch.setattr(trt, "Runtime", lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: engine))
+    assert engine_layers._inspected(trt, b"plan", {}) == (
+        [],
+        "TensorRT's inspector does not answer with a list of layers",
+    )
+
+
 def test_the_inspectors_layers_are_counted_by_type() -> None:
     assert compute_layers(ATTENTION) == {"int8": 2, "int8_weights": 1, "fp16": 2, "bf16": 1}
     assert compute_layers(ATTENTION_11) == {"int8": 1, "fp8": 1, "int8_weights": 1, "bf16": 4, "fp32": 1}

@@ -11,14 +11,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-# Types of layers in the inspector's JSON: convolutions and matrix products.
-_COMPUTE = re.compile(r"conv|gemm|matrixmultiply|matmul|fullyconnected", re.IGNORECASE)
+# Types of layers in the inspector's JSON: convolutions ("correlation" in a fused region) and matrix products.
+_COMPUTE = re.compile(r"conv|correlation|gemm|matrixmultiply|matmul|fullyconnected", re.IGNORECASE)
 # Fused attention, which holds two products, by type, or by the name or kernel of a layer of the type "kgen".
 _ATTENTION = re.compile(r"attention|(^|[\W_])f?mha([\W_]|$)", re.IGNORECASE)
-_FUSED = re.compile(r"(^|\s)_*(gemm_)?f?mha_", re.IGNORECASE)
+_FUSED = re.compile(r"(^|\s)_*(mye\d+_)?(gem[mv]_)?f?mha_", re.IGNORECASE)
 # A product fused with what follows it, such as bias and GELU: layers of these types, by name or by kernel.
 _FUSED_TYPES = ("fusion", "kgen")
 _WITH_PRODUCT = re.compile(r"__myl_\w*Fc(?![a-z])")
+# Between the names of products that one kernel runs together, such as query, key and value. What follows a product is
+# joined by " + " and is none.
+_TOGETHER = re.compile(r"(?<=\S)\+(?=\S)| \|\| ")
 # Words of a tensor's type, in this order: BFloat16 contains Float.
 _TYPES = {
     "int8": ("int8",),
@@ -61,7 +64,10 @@ def _inspected(trt: Any, plan: bytes, shapes: Mapping[str, tuple[int, ...]]) -> 
         context.set_input_shape(name, shape)
     inspector = engine.create_engine_inspector()
     inspector.execution_context = context
-    return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"], ""
+    try:
+        return json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))["Layers"], ""
+    except (ValueError, KeyError):
+        return [], "TensorRT's inspector does not answer with a list of layers"
 
 
 def compute_layers(layers: list[Any]) -> Counter[str]:
@@ -80,7 +86,9 @@ def _products(layer: dict[str, Any]) -> int:
     is_fused = layer.get("LayerType") in _FUSED_TYPES
     if _ATTENTION.search(kind) or (is_fused and _FUSED.search(f"{name} {kernel}")):
         return 2
-    return 1 if _COMPUTE.search(kind) or (is_fused and (_WITH_PRODUCT.match(name) or _COMPUTE.search(kernel))) else 0
+    if _COMPUTE.search(kind) or (is_fused and (_WITH_PRODUCT.match(name) or _COMPUTE.search(kernel))):
+        return 1 + len(_TOGETHER.findall(name))
+    return 0
 
 
 def _engine_type(layer: dict[str, Any]) -> str:
