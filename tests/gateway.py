@@ -12,7 +12,6 @@ import subprocess
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Self
@@ -219,15 +218,6 @@ def series_of(url: str) -> dict[str, float]:
     with urllib.request.urlopen(url, timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] not in ("", "#"))}
-
-
-def wait_for(ask: Callable[[], Any], holds: Callable[[Any], bool] = bool, wait_s: float = 60) -> Any:
-    """Calls `ask` until the result holds, and returns it: a request is counted and logged after its answer."""
-    deadline = time.monotonic() + wait_s
-    while not holds(found := ask()):
-        assert time.monotonic() < deadline, found
-        time.sleep(0.02)
-    return found
 
 
 def authorized(key: str) -> dict[str, str]:

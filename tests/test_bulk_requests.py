@@ -19,8 +19,8 @@ from serving.backend import bulk_requests
 from serving.backend.bulk_requests import BulkRequests, Copy
 from serving.embedded.launcher import EmbeddedServer
 from tests.conftest import FREE
-from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter, write_fragile
+from tests.waiting import wait_for
 
 PLACES = 4
 

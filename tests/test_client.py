@@ -35,7 +35,7 @@ from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
 from tests.conftest import FREE
 from tests.failing_servers import Awaited, Client, Relay, X, answering, kinds, protocols, status, url_of
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 Connect = Callable[..., Client]
 

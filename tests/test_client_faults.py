@@ -25,7 +25,7 @@ from tritonclient.grpc import service_pb2
 
 from tests.failing_servers import Awaited, Kind, answering, dropping, kinds, mute, protocols
 from tests.fake_kserve import Y, binary, grpc_serving, http_answer, http_json, http_serving, triton
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 Fault = Callable[[socket.socket], Any]
 X = {"x": np.ones((1, 3), np.float32)}

@@ -33,7 +33,7 @@ from tests.failing_servers import (
     refusing,
     url_of,
 )
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 HEDGED: dict[str, Any] = {"idempotent": True, "hedge_after_ms": 50, "retry_budget": None, "timeout_s": 120}
 SOON_S = 60  # long before the deadline, on any machine

@@ -33,7 +33,7 @@ from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import replace_in, write_add_one
 from tests.conftest import FREE
 from tests.failing_servers import accepting, protocols, refusing, status, url_of
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 X = np.arange(240_000, dtype=np.float32).reshape(1, 2, 120_000)  # 960 kB
 REQUEST = PreparedRequest(

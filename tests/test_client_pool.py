@@ -23,7 +23,7 @@ from deepseek_client.http.pool import MOST_OPENING
 from deepseek_client.transport import Deadline
 
 from serving.embedded.launcher import EmbeddedServer
-from tests import gateway
+from tests import waiting
 from tests.failing_servers import Kind, Relay, answering, dropping, kinds, make_certificate, only_once, prepared
 from tests.fake_kserve import http_answer, http_serving
 
@@ -38,7 +38,7 @@ def connections(relay: Relay) -> int:
 
 def wait_for(relay: Relay, count: int) -> None:
     """Waits until there are exactly `count` connections."""
-    gateway.wait_for(lambda: connections(relay) >= count)
+    waiting.wait_for(lambda: connections(relay) >= count)
     time.sleep(0.5)
     assert connections(relay) == count
 

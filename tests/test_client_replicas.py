@@ -14,7 +14,7 @@ from deepseek_client import DeadlineExceeded, Unreachable, concurrency
 
 from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import Kind, MakeRelays, X, answering, client_of, kinds, mute, prepared, protocols, status
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 
 @kinds

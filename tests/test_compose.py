@@ -30,7 +30,8 @@ from serving.stack.refresh import refresh
 from tests.checkout import BUSY, Checkout, blocks
 from tests.conftest import run_module
 from tests.docker_engine import HERE, answers, own_engine, run
-from tests.gateway import free_port, wait_for
+from tests.gateway import free_port
+from tests.waiting import wait_for
 
 PROJECT = f"deepseek-test-{os.getpid()}"
 IMAGES = "deepseek-test"  # not those of a stack in use here; kept, so that the next run need not build them

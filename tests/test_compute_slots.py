@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from serving.backend.compute_slots import ComputeSlots
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 SPAWN = multiprocessing.get_context("fork")  # the parent's id is part of what is shared
 

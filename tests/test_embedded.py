@@ -34,7 +34,8 @@ from serving.embedded.ports import ReservedPorts
 from serving.embedded.serve import _started
 from tests.add_one import replace_in, write_add_one
 from tests.conftest import FREE, Refused
-from tests.gateway import free_port, wait_for
+from tests.gateway import free_port
+from tests.waiting import wait_for
 
 
 def start(repository: Path, *command: str) -> subprocess.Popen[str]:

@@ -28,17 +28,8 @@ from serving.stack.gateway_folder import ensure_folder
 from tests.add_one import write_add_one
 from tests.conftest import FREE
 from tests.failing_servers import Relay
-from tests.gateway import (
-    INFER,
-    SERVICE,
-    Gateway,
-    authorized,
-    grpc_input,
-    json_body,
-    limits_of,
-    skip_without_nginx,
-    wait_for,
-)
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of, skip_without_nginx
+from tests.waiting import wait_for
 
 
 def http_client(gateway: Gateway) -> triton_http.InferenceServerClient:

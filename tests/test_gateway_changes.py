@@ -19,7 +19,8 @@ from tritonclient.utils import InferenceServerException
 from deepseek.spec.files.folders import write_whole
 from serving.embedded.launcher import EmbeddedServer
 from serving.stack.certificate import ensure_certificate
-from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of, wait_for
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of
+from tests.waiting import wait_for
 
 DURATION = "gateway_request_duration_seconds"
 

@@ -21,9 +21,10 @@ from serving.repository.served_models import ServedModel, served_models
 from serving.stack.gateway_limits import limits
 from serving.stack.server_sizes import OPENAI_MIB, server_sizes
 from tests.failing_servers import answering, mute
-from tests.gateway import Gateway, skip_without_nginx, wait_for
+from tests.gateway import Gateway, skip_without_nginx
 from tests.test_embedded import Serving
 from tests.test_openai import serve
+from tests.waiting import wait_for
 
 BODY = b'{"model": "sentence", "input": ["ab", "cd ab"]}'
 

@@ -22,7 +22,8 @@ from serving.embedded.flags import ADMIN_HEADER
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
 from tests.conftest import FREE
-from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of, wait_for
+from tests.gateway import INFER, SERVICE, Gateway, authorized, grpc_input, json_body, limits_of
+from tests.waiting import wait_for
 
 # ---- only inference, metadata and readiness ----------------------------------------------------
 

@@ -15,7 +15,8 @@ from deepseek_client import ConnectionLost, InferenceClient, ModelNotReady, Serv
 
 from serving.embedded.launcher import EmbeddedServer
 from tests.failing_servers import Relay, X, answering, dropping, grpc_answering, prepared, refuse, status
-from tests.gateway import INFER, SERVICE, Gateway, json_body, limits_of, wait_for
+from tests.gateway import INFER, SERVICE, Gateway, json_body, limits_of
+from tests.waiting import wait_for
 
 Protocol = Literal["http", "grpc"]
 both = pytest.mark.parametrize("protocol", ["http", "grpc"])

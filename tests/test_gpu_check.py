@@ -19,7 +19,7 @@ from cli.main import values_of
 from deepseek.spec.machine.gpus import Gpu
 from serving.doctor.machine import Machine
 from tests.conftest import RunHere
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 WHERE = Where(folder=Path("/check"), models="models", triton_tag="26.10", gateway_port=1, http_port=2, grpc_port=3)
 ADA = Gpu(name="L4", compute_capability="8.9", driver="580.1", memory_bytes=1)

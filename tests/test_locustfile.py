@@ -34,7 +34,7 @@ from tests.add_one import write_add_one
 from tests.conftest import FREE, Refused, RunHere, run_module
 from tests.failing_servers import url_of
 from tests.fake_kserve import binary, grpc_serving, http_json, http_serving, triton
-from tests.gateway import wait_for
+from tests.waiting import wait_for
 
 SPEC = """
 name = "{name}"

@@ -31,8 +31,8 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.repository.checks import read_config
 from tests.add_one import ADD_ONE
 from tests.conftest import FREE, Refused, RunHere, run_stage
-from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter
+from tests.waiting import wait_for
 
 IMAGE = DeploymentSpec.load("tests/models/image")
 ENCODER = {1: 9.0, 2: 16.0, 4: 30.0, 8: 59.0}  # ms; MiniLM in fp32 on one thread

@@ -25,8 +25,9 @@ from serving.stack.gateway_limits import limits
 from tests.add_one import write_add_one
 from tests.conftest import FREE, Refused, RunHere
 from tests.fake_kserve import http_answer, http_serving
-from tests.gateway import Gateway, free_port, json_body, series_of, skip_without_nginx, wait_for
+from tests.gateway import Gateway, free_port, json_body, series_of, skip_without_nginx
 from tests.test_onnxruntime_backend import write_fragile
+from tests.waiting import wait_for
 
 X = {"x": np.zeros((1, 2, 3), np.float32)}
 DEPLOY = """

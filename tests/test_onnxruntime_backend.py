@@ -24,7 +24,8 @@ from export.stages.publish import publish_version
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import replace_in, write_add_one
 from tests.conftest import FREE, serves
-from tests.gateway import series_of, wait_for
+from tests.gateway import series_of
+from tests.waiting import wait_for
 
 models = serves("built")
 

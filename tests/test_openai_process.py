@@ -26,9 +26,10 @@ from serving.embedded.openai_process import OpenAIProcess
 from serving.embedded.serve import _Routes
 from serving.embedded.supervisor import MOST_TIMES
 from tests.add_one import write_add_one
-from tests.gateway import free_port, wait_for
+from tests.gateway import free_port
 from tests.test_embedded import start
 from tests.test_openai import Serving, call, serve
+from tests.waiting import wait_for
 
 BLOCKED = """
 import json, os, time

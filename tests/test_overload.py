@@ -23,8 +23,8 @@ from export.publishing.triton_config import config_text, model_config
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one
 from tests.conftest import FREE
-from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter
+from tests.waiting import wait_for
 
 QUEUE, AT_ONCE = 16, 200
 X = {"x": np.zeros((1, 2, 3), np.float32)}

@@ -14,9 +14,9 @@ from loadtests.load.preflight import check
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import replace_in
 from tests.conftest import FREE
-from tests.gateway import wait_for
 from tests.saved_runs import load_settings
 from tests.sleeper import write_sleeper
+from tests.waiting import wait_for
 
 FINALIZE = """
     def finalize(self):

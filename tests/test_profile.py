@@ -20,6 +20,7 @@ from deepseek_client import InferenceClient, ServerBusy
 from cli.main import main as command_line
 from cli.main import values_of
 from deepseek.spec import InputError
+from loadtests.profile.figures import functions, operators, phases
 from loadtests.profile.profile import _server, wrapped_in_nsys
 from loadtests.profile.profile_data import (
     CLOCKS_APART_NS,
@@ -32,7 +33,6 @@ from loadtests.profile.profile_data import (
     run_of,
 )
 from loadtests.profile.record import _send, trace
-from loadtests.profile.tables import functions, operators, phases
 from loadtests.profile.timeline import microseconds, timeline
 from serving.embedded.launcher import EmbeddedServer
 from tests.add_one import write_add_one

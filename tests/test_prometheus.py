@@ -18,10 +18,11 @@ import yaml
 from serving.observe.dashboard import dashboard
 from serving.repository.served_models import served_models
 from serving.stack.refresh import write_observed
-from tests.gateway import free_port, wait_for
+from tests.gateway import free_port
 from tests.test_alerts import queries
 from tests.test_observe import X, observed
 from tests.test_openai import Serving, call, serving
+from tests.waiting import wait_for
 
 __all__ = ["serving"]  # a fixture
 

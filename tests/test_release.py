@@ -33,8 +33,8 @@ from serving.release.release import Release
 from serving.release.versions import newest
 from serving.repository.checks import check_version
 from tests.conftest import FREE, run_module
-from tests.gateway import wait_for
 from tests.test_embedded import damage
+from tests.waiting import wait_for
 
 # The SLO can be proved in a second, and holds on a machine that is busy with other things.
 SLO = '[slo]\nobjectives = ["p50_ms < 5000 @ 40 rps", "error_rate <= 0"]\n'

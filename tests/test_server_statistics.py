@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from deepseek_client import InferenceClient
 
-from loadtests.load import text_padding
+from loadtests.load import padding_counters
 from loadtests.load.server_statistics import difference, fetch
 from loadtests.slo.time_split import TimeSplit
 from serving.embedded.launcher import EmbeddedServer
@@ -95,13 +95,13 @@ def test_the_tokens_of_all_versions_of_a_model_count(monkeypatch: pytest.MonkeyP
         'onnxruntime_text_padded_tokens{model="m",version="2"} 330',
         'onnxruntime_text_tokens{model="another",version="1"} 7',
     ]
-    monkeypatch.setattr(text_padding._OPENER, "open", lambda *_, **__: BytesIO("\n".join(lines).encode()))
-    assert text_padding.fetch("127.0.0.1:8002", "m") == {"text_tokens": 300, "text_padded_tokens": 330}
+    monkeypatch.setattr(padding_counters._OPENER, "open", lambda *_, **__: BytesIO("\n".join(lines).encode()))
+    assert padding_counters.fetch("127.0.0.1:8002", "m") == {"text_tokens": 300, "text_padded_tokens": 330}
 
 
 def test_tokens_that_are_unknown_before_or_after_are_left_out() -> None:
     tokens = [Counter({"text_tokens": n, "text_padded_tokens": 2 * n}) for n in (100, 300)]
-    assert text_padding.difference(*tokens) == {"text_tokens": 200, "text_padded_tokens": 400}
+    assert padding_counters.difference(*tokens) == {"text_tokens": 200, "text_padded_tokens": 400}
     for before, after in ((Counter[str](), tokens[1]), (tokens[0], Counter[str]()), tokens[::-1], (tokens[0],) * 2):
-        assert text_padding.difference(before, after) == {}
-    assert text_padding.fetch("127.0.0.1:9", "m") == text_padding.fetch(None, "m") == {}
+        assert padding_counters.difference(before, after) == {}
+    assert padding_counters.fetch("127.0.0.1:9", "m") == padding_counters.fetch(None, "m") == {}

@@ -26,8 +26,8 @@ from serving.embedded.server_process import ServerProcess
 from serving.embedded.stub_processes import LOOK_S
 from tests.add_one import ADD_ONE, write_add_one
 from tests.conftest import FREE
-from tests.gateway import wait_for
 from tests.test_embedded import Said, said, start
+from tests.waiting import wait_for
 
 __all__ = ["said"]  # a fixture
 

@@ -20,12 +20,13 @@ from loadtests.search.local_server import EMBEDDED, local_server, settings_of_lo
 from loadtests.search.trial_runner import TrialRunner
 from serving.repository.served_models import served_models
 from tests.conftest import RunHere
-from tests.gateway import skip_without_nginx, wait_for
+from tests.gateway import skip_without_nginx
 from tests.saved_runs import load_settings
 from tests.test_gateway_openai import in_front
 from tests.test_openai import Serving, scrape
 from tests.test_rerank import serving
 from tests.test_text import MODELS, MOST_TOKENS
+from tests.waiting import wait_for
 
 __all__ = ["serving"]  # a fixture
 TEXTS = "\ufeffa\n\na\u2028b\n\n" + "a long text " * 100 + "\r\n"  # a mark of Windows; 3, 4 and, truncated, 48 tokens

@@ -27,8 +27,8 @@ from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.tune import conditions_of, default_and_space, tune
 from loadtests.tune.tune_result import TuneResult, tuning_path
 from tests.add_one import replace_in
-from tests.gateway import wait_for
 from tests.test_settings_search import FAST, SLOW, a_search, serving
+from tests.waiting import wait_for
 
 SPACE = ("--max-batch", "4,8", "--delay-us", "0", "--instances", "2", "--threads", "1")
 

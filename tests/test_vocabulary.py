@@ -28,10 +28,10 @@ from serving.embedded.launcher import EmbeddedServer
 from serving.repository.served_models import served_models
 from serving.stack.gateway_limits import limits
 from tests.conftest import Refused, RunHere, serves
-from tests.gateway import wait_for
 from tests.test_onnxruntime_backend import counter, statistics
 from tests.test_openai import call
 from tests.test_text import without_rows
+from tests.waiting import wait_for
 
 MODELS = Path("tests/models")
 VOCABULARY = Vocabulary(MODELS / "shop" / "catalogue.csv")

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, InputError, build_dir
-from loadtests.profile import tables
+from loadtests.profile import figures
 from loadtests.profile.profile_data import Recorded
 from loadtests.profile.timeline import timeline
 from loadtests.results.run import new_run, publish
@@ -91,11 +91,11 @@ def _figures(args: argparse.Namespace, folder: Path, recorded: Recorded) -> dict
         **_about(args),
         "requests": len(traced),
         "mean_ms": sum(call.finish_ns - call.encode_ns for call in traced) / 1e6 / len(traced),
-        "phases": [asdict(row) for row in tables.phases(recorded)],
-        "infer": [asdict(row) for row in tables.within_infer(recorded)],
+        "phases": [asdict(row) for row in figures.phases(recorded)],
+        "infer": [asdict(row) for row in figures.within_infer(recorded)],
         "graph_runs": len(recorded.used),
-        "operators": [asdict(row) for row in tables.operators(recorded.used)],
-        "functions": [asdict(row) for row in tables.functions(folder)],
+        "operators": [asdict(row) for row in figures.operators(recorded.used)],
+        "functions": [asdict(row) for row in figures.functions(folder)],
     }
 
 
@@ -142,7 +142,7 @@ def _print(found: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(f"{found['requests']} requests, {found['mean_ms']:.2f} ms from encoding to the answer, on average")
     phases = Table("phase", "", "mean ms", "largest ms", "share")
     for row in found["phases"]:
-        _add_row(phases, row["name"], tables.MEANINGS[row["name"]], row)
+        _add_row(phases, row["name"], figures.MEANINGS[row["name"]], row)
         if row["name"] == "infer":
             for part in found["infer"]:
                 _add_row(phases, f"  {part['name']}", "", part)
@@ -157,11 +157,11 @@ def _print(found: dict[str, Any], folder: Path, console: Console) -> None:
     if found["functions"]:
         table = Table("function of the backend", "", "CPU ms per request", "share", "with callees")
         for row in found["functions"][:MOST_ROWS]:
-            figures = (f"{row['cpu_ms']:.3f}", f"{row['share']:.0%}", f"{row['whole']:.0%}")
-            table.add_row(row["name"], row["place"], *figures)
+            shown = (f"{row['cpu_ms']:.3f}", f"{row['share']:.0%}", f"{row['whole']:.0%}")
+            table.add_row(row["name"], row["place"], *shown)
         console.print(table)
     largest = max(found["phases"], key=lambda row: row["share"])
-    console.print(f"largest: {largest['name']}, {largest['share']:.0%} ({tables.MEANINGS[largest['name']]})")
+    console.print(f"largest: {largest['name']}, {largest['share']:.0%} ({figures.MEANINGS[largest['name']]})")
     for note in found["notes"]:
         console.print(f"note: {note}")
     console.print(f"timeline: {folder / 'timeline.json'}  (open it in ui.perfetto.dev)", soft_wrap=True)

@@ -14,7 +14,7 @@ from deepseek.spec import ExitCode, Target, build_dir, variables_for
 from deepseek.spec.checks import Table
 from loadtests.search.highest_rate import GENERATOR, SAMPLES, TIME, TRIALS, UNDECIDED, WALK
 from loadtests.search.rate_trial import RateTrial
-from loadtests.search.saved_result import SavedResult
+from loadtests.search.result_file import SavedResult
 
 
 class ServerSettings(Table):

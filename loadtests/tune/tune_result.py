@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from deepseek.spec import Target, build_dir
 from deepseek.spec.checks import Table
-from loadtests.search.saved_result import SavedResult
+from loadtests.search.result_file import SavedResult
 from loadtests.tune.search_space import ServingSettings
 from loadtests.tune.sequential_test import LEAST_PAIRS, Outcome, judge
 

@@ -26,7 +26,7 @@ from locust.runners import MasterRunner
 
 from deepseek.spec import ExitCode
 from deepseek.spec.files.folders import write_whole
-from loadtests.load import server_statistics, text_padding
+from loadtests.load import padding_counters, server_statistics
 from loadtests.load.replay import open_plan
 from loadtests.load.workers.recorder import Recorder, rows_file
 from loadtests.load.workers.sender import planned_times_s
@@ -132,7 +132,7 @@ class Master:
         return [server_statistics.fetch(part.url, part.protocol, part.model) for part in self._parts]
 
     def _text_tokens(self) -> list[Counter[str]]:
-        return [text_padding.fetch(part.metrics, part.model) for part in self._parts]
+        return [padding_counters.fetch(part.metrics, part.model) for part in self._parts]
 
     def _gather(self, starts_at: float) -> None:
         settings = self._settings
@@ -144,7 +144,7 @@ class Master:
             gevent.sleep(0.02)
         # The answers of a lost worker are lost too: its requests stay planned and count as never sent.
         statistics = map(server_statistics.difference, before, self._statistics())
-        tokens = map(text_padding.difference, tokens_before, self._text_tokens())
+        tokens = map(padding_counters.difference, tokens_before, self._text_tokens())
         found = zip(self._lengths, statistics, tokens, strict=True)
         measured = {
             "generator": together(self._generators, self._workers),
