@@ -113,7 +113,10 @@ class ModelFolder:
             model = self._module.load()
         if isinstance(model, type) or not callable(getattr(model, "named_parameters", None)):
             seen = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-            raise InputError(f"{self.folder / 'model.py'}: load() returned {seen}; a torch.nn.Module is needed")
+            raise InputError(
+                f"{self.folder / 'model.py'}: load() returned {seen}; a torch.nn.Module is needed, "
+                "whose forward computes the outputs"
+            )
         _check_parts(model, self.folder / "model.py")
         _check_forward(model, self.spec, self.folder / "model.py")
         with user_code(self.folder, "load()"):
@@ -283,7 +286,7 @@ def in_order(spec: DeploymentSpec, returned: Any) -> tuple[Any, ...]:
     elif missing := [name for name in spec.outputs if name not in fields]:
         raise InputError(
             f"{model_py(spec)}: forward returned {type(returned).__name__} of {', '.join(map(str, fields))}; "
-            f"no {', '.join(missing)}, which deploy.toml names as output"
+            f"no {', '.join(missing)}, which deploy.toml names as output: return one dict with a tensor for each"
         )
     else:
         values = tuple(fields[name] for name in spec.outputs)
