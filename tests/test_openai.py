@@ -122,6 +122,14 @@ def test_a_shorter_vector_is_the_first_numbers_scaled_to_length_1(client: openai
         np.testing.assert_allclose([each.embedding for each in answer.data], wanted, atol=1e-5)
 
 
+def test_a_whole_number_may_be_written_with_a_fraction(serving: Serving) -> None:
+    body = b'{"model": "sentence", "input": "ab cd", "dimensions": %b}'
+    answers = [
+        call(serving.places["OpenAI"], "POST", "/v1/embeddings", body % size) for size in (b"8", b"8.0", b"0.8e1")
+    ]
+    assert [(status, answer["data"]) for status, _, answer in answers] == [(200, answers[0][2]["data"])] * 3
+
+
 def test_usage_counts_the_tokens_that_ran(client: openai.OpenAI) -> None:
     usage = client.embeddings.create(model="sentence", input=TEXTS).usage
     counts = [ids_of(text)[1] for text in TEXTS]
@@ -143,6 +151,7 @@ def test_the_models_are_listed(client: openai.OpenAI) -> None:
     [
         ({"input": ["a", "b" * 110_001]}, "input", "input[1]: 110001 bytes; allowed: up to 110000"),
         ({"dimensions": 31}, "dimensions", "seen 31; allowed for sentence: 8, 16, 32"),
+        ({"dimensions": 8.5}, "dimensions", "seen 8.5; allowed: a whole number from 1 on"),
         ({"prompt_name": "x"}, "prompt_name", 'seen "x"; prompts of sentence: none, query'),
         ({"inputs": "a"}, None, '"inputs": no such field; allowed: input, model'),
     ],

@@ -24,6 +24,11 @@ def _right(given: Any) -> Any:
     return "right" if given == "Right" else given
 
 
+def _whole(given: Any) -> Any:
+    """384.0 is an integer in JSON Schema, and some clients have only one type of numbers."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
 Direction = Annotated[Literal["right"] | None, BeforeValidator(_right), Allowed("right")]
 
 
@@ -36,7 +41,7 @@ class EmbeddingRequest(RequestBody):
     """A model of `GET /v1/models`."""
     encoding_format: Annotated[Literal["float", "base64"] | None, Allowed("float or base64")] = None
     """Numbers, the default, or the base64 of little-endian float32."""
-    dimensions: Annotated[int | None, Field(ge=1), Allowed("a whole number from 1 on")] = None
+    dimensions: Annotated[int | None, Field(ge=1), BeforeValidator(_whole), Allowed("a whole number from 1 on")] = None
     """Length of the vectors: the model's own, the default, or one of `dimensions` in its deploy.toml."""
     prompt_name: PromptName = None
     """A prompt that begins each text: one of `prompts` in the model's deploy.toml; absent: its `default_prompt`."""
