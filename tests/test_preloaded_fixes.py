@@ -205,6 +205,7 @@ def test_a_cancelled_call_is_answered_so_that_only_one_thread_releases_it(server
     [
         (r'{"inputs": [{"name": "x", "shape": [1, 1], "datatype": "BYTES", "data": ["\ud800"]}]}', "surrogate pair"),
         ('{"inputs": [{"name": "x", "shape": [1, "1"], "datatype": "FP32", "data": [1]}]}', "Unable to parse 'shape'"),
+        ('{"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32", "data": [1]}]}', "Shape does not match"),
         ('{"inputs": 1}', "non-array"),
         ("{", "failed to parse the request JSON"),
     ],

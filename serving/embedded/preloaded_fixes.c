@@ -28,8 +28,8 @@
  * socket pair (evthr_defer in libevhtp), which holds 278 of them. Triton ignores that it is full, and the caller waits until its
  * own time-out. Now the sender waits until the thread has taken some.
  *
- * It also makes a request over HTTP with wrong JSON, such as a number in place of a text, a 400. triton_json.h calls it an
- * internal error, a 500, which callers retry and which counts as the server's failure.
+ * It also makes a request over HTTP with wrong JSON, such as a number in place of a text, or fewer numbers than its shape has, a
+ * 400. Triton calls it an internal error, a 500, which callers retry and which counts as the server's failure.
  *
  * It also keeps clients and other users out of the memory through which Triton talks to its models' processes. If /dev/shm is
  * full, an answer names a region of it (CVE-2025-23319), and a client could register that region as its own, and write to
@@ -106,13 +106,16 @@ static int is_programs(const void *caller)
            callers.dli_fbase == program.dli_fbase;
 }
 
-/* The two messages of triton_json.h about the JSON that the program reads: broken JSON, or a value of another type. */
+/* What the program says about JSON that it reads: broken JSON, a value of another type, numbers that do not fill the shape. */
 void *TRITONSERVER_ErrorNew(int code, const char *message)
 {
-    static const char no_json[] = "failed to parse the request JSON", other[] = "attempt to access ";
+    static const char *const about_json[] = {
+        "failed to parse the request JSON", "attempt to access ", "Unable to parse 'data': Shape does not match"};
     void *(*original)(int, const char *) = (void *(*)(int, const char *))(intptr_t)dlsym(RTLD_NEXT, __func__);
-    int about_json = strncmp(message, no_json, sizeof no_json - 1) == 0 || strncmp(message, other, sizeof other - 1) == 0;
-    int is_callers = code == INTERNAL && about_json && is_programs(__builtin_return_address(0));
+    int is_callers = 0;
+    for (size_t place = 0; code == INTERNAL && place < sizeof about_json / sizeof *about_json; place++)
+        is_callers |= strncmp(message, about_json[place], strlen(about_json[place])) == 0;
+    is_callers = is_callers && is_programs(__builtin_return_address(0));
     return original(is_callers ? INVALID : code, message);
 }
 
