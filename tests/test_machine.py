@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from deepseek.sizing import measure as sizing_measure
 from deepseek.spec import InputError
 from deepseek.spec.machine.cpu import Cpu, memory_bytes
-from deepseek.spec.machine.gpus import matching, parse_gpus
+from deepseek.spec.machine.gpus import matching, parse_gpus, runs_engine
 from loadtests.load import measure as load_measure
 from serving.doctor import machine as machine_module
 from serving.doctor.machine import Machine
@@ -29,6 +30,23 @@ def test_only_gpus_of_the_engines_kind_are_named_and_none_if_all_are() -> None:
     found = parse_gpus(NVIDIA_SMI)
     assert (matching(found, "7.5", {}), matching(found[:1], "9.0", {}), matching(found, None, {})) == ([1], [], [])
     assert matching(found, "8.6", {"hardware_compatibility": "ampere_plus"}) == [0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"hardware_compatibility": "ampere_plus"}])
+def test_a_gpu_that_does_not_tell_its_compute_capability_runs_no_engine_built_for_one(settings: dict[str, str]) -> None:
+    (unknown,) = parse_gpus("NVIDIA GPU, [N/A], 580.95.05, 15360\n")
+    assert not runs_engine(unknown, "8.6", settings)
+    assert runs_engine(unknown, None, settings)
+
+
+def test_the_doctor_keeps_what_a_failing_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho Failed to initialize NVML: Driver/library version mismatch\nexit 18\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    machine = Machine.detect(in_container=True)
+    assert machine.gpus == ()
+    assert machine.no_gpu == "nvidia-smi fails: Failed to initialize NVML: Driver/library version mismatch"
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:

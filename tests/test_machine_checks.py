@@ -130,7 +130,7 @@ REBUILD = "rebuild it for this machine: make engine MODEL=image TARGET=tensorrt 
         ({}, "", host(), "", ""),
         ({}, "", TRITONS, "", ""),
         ({}, "", host(gpus=(T4,)), "image/1: was built for compute capability 9.0, this machine has Tesla T4 7.5; rebuild it for this machine", ""),
-        ({}, "", host(gpus=()), "image/1: needs a GPU of compute capability 9.0, but nvidia-smi shows none; give it a GPU", ""),
+        ({}, "", host(gpus=()), "image/1: needs a GPU of compute capability 9.0, but this machine has none: nvidia-smi lists none; give it a GPU", ""),
         ({}, "", host(gpus=(T4, H100)), "image/1: was built for compute capability 9.0, which GPU 0 (Tesla T4 7.5) cannot run; set gpus: [1] in", ""),
         ({}, "gpus: 1", host(gpus=(T4, H100)), "", "image/1: was built for compute capability 9.0: GPU 0 (Tesla T4 7.5) will not serve it; GPU 1 will"),
         ({}, "gpus: 1", host(), "image/1: instance_group names GPU 1, but this machine has 1 GPU;", ""),
@@ -228,7 +228,11 @@ CUDA = host(onnxruntime=("CUDAExecutionProvider", "CPUExecutionProvider"), docke
     ("machine", "mismatch", "warning"),
     [
         (CUDA, "", ""),
-        (replace(CUDA, gpus=()), "image/1: needs a GPU, but nvidia-smi shows none; give it a GPU", ""),
+        (
+            replace(CUDA, gpus=()),
+            "image/1: needs a GPU, but this machine has none: nvidia-smi lists none; give it a GPU",
+            "",
+        ),
         (replace(CUDA, gpus=SMALL), TOO_SMALL + " 4.00 MiB", ""),  # 2 instances, each with its own weights
         (replace(CUDA, gpus=gpu(driver="535.183.01")), "", "driver: NVIDIA H100 80GB HBM3: 535.183.01 is older"),
         (replace(CUDA, ram_bytes=1 << 10), "", ""),

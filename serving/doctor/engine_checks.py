@@ -72,7 +72,8 @@ def _check_chip(engine: ServedEngine, machine: Machine) -> Iterator[Finding]:
     if not engine.on_gpu:
         return
     if not machine.gpus:
-        what = f"needs a GPU{f' of compute capability {built}' if built else ''}, but nvidia-smi shows none"
+        kind = f" of compute capability {built}" if built else ""
+        what = f"needs a GPU{kind}, but this machine has none: {machine.no_gpu}"
         yield mismatch(where, what, "give it a GPU (docker run --gpus all), or make engine TARGET=onnxruntime")
         return
     others = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from deepseek.spec import InputError
 from deepseek.spec.machine.cpu import Cpu, memory_bytes, this_cpu
-from deepseek.spec.machine.gpus import Gpu, gpus
+from deepseek.spec.machine.gpus import Gpu, gpus, why_none
 from deepseek.spec.machine.triton_release import TRITON_TAG, parse_tag
 from serving.embedded.wheel import parts, scratch_place
 
@@ -33,6 +33,8 @@ class Machine:
     tensorrt: str | None = None
     """Version of the system's TensorRT library, which Triton loads in its container; not used on a host."""
     gpus: tuple[Gpu, ...] = ()
+    no_gpu: str = "nvidia-smi lists none"
+    """Why it has none, if it has none."""
     ram_bytes: int
     """Memory that processes may use in total: the machine's, or the container's limit."""
     onnxruntime: tuple[str, ...] | None = None
@@ -58,10 +60,12 @@ class Machine:
             triton_tag or (own if in_container else None) or os.environ.get("DEEPSEEK_TRITON_TAG") or own or TRITON_TAG
         )
         parse_tag(tag)
+        found = gpus()
         return cls(
             triton_tag=tag,
             tensorrt=_tensorrt_version(),
-            gpus=gpus(),
+            gpus=found,
+            no_gpu="" if found else why_none(),
             ram_bytes=memory_bytes(),
             onnxruntime=_onnxruntime_providers(),
             cpu=this_cpu(),

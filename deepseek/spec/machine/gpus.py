@@ -66,12 +66,14 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
 def runs_engine(gpu: Gpu, built_for: str | None, settings: Mapping[str, object]) -> bool:
     """Whether an engine built for a compute capability runs on a GPU, by TensorRT's hardware compatibility levels.
 
-    `settings` are those of the engine's manifest. An engine whose compute capability is unknown may run anywhere.
+    `settings` are those of the engine's manifest. An engine whose compute capability is unknown may run anywhere. A GPU
+    whose driver does not tell its own ("[N/A]") runs none of the others.
     """
     if built_for is None:
         return True
     if settings.get("hardware_compatibility") == "ampere_plus":
-        return tuple(map(int, gpu.compute_capability.split("."))) >= (8, 0)
+        major = gpu.compute_capability.partition(".")[0]
+        return major.isdigit() and int(major) >= 8
     return gpu.compute_capability == built_for
 
 
