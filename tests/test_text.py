@@ -27,7 +27,6 @@ from export.checks.parity_cases import EndpointComparison
 from export.checks.parity_strings import AT, compare_texts, texts_for
 from export.model_folder import ModelFolder
 from export.stages.publish import publish_version
-from export.stages.to_onnx import export_model
 from serving.doctor.examine import examine
 from serving.doctor.machine import Machine
 from serving.embedded.launcher import EmbeddedServer
@@ -295,15 +294,3 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line_before_anything_is_publishe
                 DeploymentSpec.of_model("sentence", tmp_path), "fp32", "onnxruntime", tmp_path / "repository"
             )
     assert not (tmp_path / "repository" / "sentence").exists()
-
-
-def test_a_tokenizer_that_is_missing_is_found_before_the_model_is_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DEEPSEEK_BUILD", str(tmp_path / "build"))
-    shutil.copytree(MODELS / "sentence", tmp_path / "sentence")
-    with (tmp_path / "sentence" / "model.py").open("a") as code:
-        code.write("\n\ndef samples(split):\n    raise FileNotFoundError('the same file')\n")
-    (tmp_path / "sentence" / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"text.tokenizer: no file .*tokenizer.json"):
-        export_model(ModelFolder("sentence", tmp_path))

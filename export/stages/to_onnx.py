@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from deepseek.spec import DeploymentSpec, GateFailed, InputError, kept_for_json, one_line
-from deepseek.spec.tokenizer import text_encoder
 from export.artifact import Stopwatch, human_bytes, onnx_path, read_manifest, record_build, rows_path, sha256
 from export.cache import put_in_place, refined, stage_key
 from export.graphs.branches import sizes_of_branches
@@ -191,8 +190,6 @@ def _name_axes(value: onnx.ValueInfoProto, shape: tuple[int | str, ...], fixed: 
 def export_model(source: ModelFolder) -> dict[str, Any]:
     spec = source.spec
     path = onnx_path(spec.name, "fp32")
-    if spec.text:
-        text_encoder(spec)  # raises InputError here, not when all else is built
     rows, shared, note = _rows(source)
     check_memory(spec, rows["evaluation"])
     model = source.load()
