@@ -20,7 +20,7 @@ from export.runtimes.tensorrt_container import DOCKERFILE, image_name
 from tests.conftest import Refused, RunHere
 
 NVIDIA_SMI = "echo 'GPU 0: NVIDIA L4'"
-# What it prints if the driver was updated without a restart.
+# Its output after an update of the driver without a restart.
 DIFFERS = "echo Failed to initialize NVML: Driver/library version mismatch; echo NVML library version: 580.95; exit 18"
 DOCKER = 'echo "$@" >>"$RECORD"; case "$1" in info) echo "Runtimes: runc nvidia";; run) exit 7;; esac'
 

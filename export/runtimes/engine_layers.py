@@ -19,8 +19,8 @@ _FUSED = re.compile(r"(^|\s)_*(mye\d+_)?(gem[mv]_)?f?mha_", re.IGNORECASE)
 # A product fused with what follows it, such as bias and GELU: layers of these types, by name or by kernel.
 _FUSED_TYPES = ("fusion", "kgen")
 _WITH_PRODUCT = re.compile(r"__myl_\w*Fc(?![a-z])")
-# Between the names of products that one kernel runs together, such as query, key and value. What follows a product is
-# joined by " + " and is none.
+# Between the names of products that one kernel runs together, such as query, key and value. " + " joins other operators
+# that follow a product, such as an activation.
 _TOGETHER = re.compile(r"(?<=\S)\+(?=\S)| \|\| ")
 # Words of a tensor's type, in this order: BFloat16 contains Float.
 _TYPES = {

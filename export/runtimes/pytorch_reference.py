@@ -223,7 +223,8 @@ def check_repeatable(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) 
 def check_rows_independent(spec: DeploymentSpec, model: torch.nn.Module, inputs: Row) -> None:
     """Raises InputError if the outputs of the smallest request depend on the rows that Triton adds from other callers.
 
-    Compares the float outputs, and the others only if there are none: the ranks of nearly equal scores may differ.
+    Compares the float outputs. Integers and flags count only in a model without floats: ranks of nearly equal scores
+    may differ.
     """
     rows, least = len(next(iter(inputs.values()))), spec.axes[BATCH].min
     if rows < 2 * least:  # one request

@@ -106,7 +106,7 @@ static int is_programs(const void *caller)
            callers.dli_fbase == program.dli_fbase;
 }
 
-/* What the program says about JSON that it reads: broken JSON, a value of another type, numbers that do not fill the shape. */
+/* The program's messages about JSON that it reads: broken JSON, a value of another type, numbers that do not fill the shape. */
 void *TRITONSERVER_ErrorNew(int code, const char *message)
 {
     static const char *const about_json[] = {

@@ -113,7 +113,7 @@ def move_in(staged: Path, number: int, model: Path, *, before: int | None) -> No
 def previous_intact(model: Path) -> int:
     """The newest intact version before the served one.
 
-    Raises InputError if there is no earlier version, GateFailed if all of them are damaged.
+    Raises InputError if the served version is the only one, GateFailed if all earlier ones are damaged.
     """
     versions = versions_of(model)
     if len(versions) == 1:
