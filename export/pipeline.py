@@ -254,7 +254,7 @@ def _select_precision(plan: Plan) -> Stage:
 
 def _measure_batches(plan: Plan) -> Stage:
     layout = tuple(f"batching.{key}" for key in ("instances", "threads", "max_batch"))
-    return Stage(
+    measure = Stage(
         name=f"measure-batches {plan.target}",
         command=("measure-batches", "--target", plan.target),
         module="export.stages.measure_batches",
@@ -264,6 +264,8 @@ def _measure_batches(plan: Plan) -> Stage:
         settings={**_device(plan), "CPU": f"{this_cpu()}: {cpu()}"},
         writes=(batches_path(plan.model, plan.target),),
     )
+    times = replace(measure, name="times", reads=measure.reads[1:], writes=())  # of the engine that was chosen
+    return replace(measure, parts=(times,))
 
 
 def publish_stage(plan: Plan) -> Stage:

@@ -85,10 +85,11 @@ def named(path: Path) -> str:
 
 
 def _value_at(table: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None without it, and for an empty table, which says as little."""
     value: Any = table
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+    return None if value == {} else value
 
 
 def key_of(name: str, inputs: Mapping[str, str]) -> str:

@@ -182,6 +182,7 @@ ALL = ["train", "to_onnx", *GRAPHS, *CHOSEN]
         (edit("models/tiny/deploy.toml", "[precision]\ncandidates = ['int8', 'fp16']\n"), ["quantize int8", *CHOSEN]),
         (edit("models/tiny/deploy.toml", "[precision]\nkeep_high = ['x']\n"), [*GRAPHS, *CHOSEN]),
         (edit("models/tiny/deploy.toml", "[slo]\np99_ms = 7\n"), MEASURED),
+        (edit("models/tiny/deploy.toml", "[targets.onnxruntime.slo]\np99_ms = 7\n"), MEASURED),
         (edit("models/tiny/deploy.toml", "[batching]\nmax_queue_size = 7\n"), SERVED),
         (edit("models/tiny/tuned.toml", "[targets.onnxruntime.batching]\nmax_batch = 2\n"), MEASURED),
         (edit("models/tiny/deploy.toml", "[batching]\nthreads = 3\n"), CHOSEN),
@@ -255,13 +256,16 @@ def test_the_version_of_a_required_package_is_an_input_even_if_it_is_not_importe
     assert keys(tiny, "to_onnx") != before
 
 
-@pytest.mark.parametrize(("stage", "part"), [("quantize int8", "calibrate int8"), (SELECT, "accuracy fp16")])
+@pytest.mark.parametrize(
+    ("stage", "part"), [("quantize int8", "calibrate int8"), (SELECT, "accuracy fp16"), (MEASURE, "times")]
+)
 def test_changing_the_accuracy_budget_neither_recalibrates_nor_remeasures(
     engine: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, stage: str, part: str
 ) -> None:
     engine()
     before = keys(tiny, stage)
     edit("models/tiny/deploy.toml", "[precision]\nmax_drop = 0.02\n")(tiny, monkeypatch)
+    engine()
     after = keys(tiny, stage)
     assert (after[part] == before[part], after[""] == before[""]) == (True, False)
 

@@ -25,8 +25,8 @@ from deepseek.spec import BATCH, DeploymentSpec, Precision, Target, build_dir
 from deepseek.spec.files.batching_plan import BATCHES_IN_LIMIT, batching_of, tail_limit_ms
 from deepseek.spec.files.measured_batches import BatchTime, MeasuredBatches, batches_path
 from deepseek.spec.machine.cpu import this_cpu
-from export.artifact import choice_of, engine_path, need, staged
-from export.cache import fill, stage_key
+from export.artifact import choice_of, engine_path, need, sha256, staged
+from export.cache import fill, refined, stage_key
 from export.model_folder import Predict
 from export.rows import Row, load_rows
 from export.runtimes.onnxruntime_predictor import onnx_predictor, provider_of
@@ -162,8 +162,14 @@ def main(options: argparse.Namespace) -> None:
         measured = measured_batches(spec, precision, provider, options.target)
         (folder / path.name).write_text(measured.model_dump_json(indent=2) + "\n")
 
+    def once_an_engine(folder: Path) -> None:
+        """The choice has new speeds each time it is made, often with the same engine."""
+        engine = need(engine_path(spec.name, precision, options.target), "make engine")
+        files = {file.name: sha256(file) for file in sorted(engine.parent.glob(f"{engine.name}*"))}
+        fill(folder, refined(stage_key("times"), precision=precision, provider=str(provider), **files), make)
+
     with staged(path) as file:
-        fill(file.parent, stage_key(), make)
+        fill(file.parent, stage_key(), once_an_engine)
     measured = MeasuredBatches.model_validate_json(path.read_bytes())
     if options.json:
         print(path.read_text())

@@ -28,7 +28,7 @@ Example:
 import math
 
 from deepseek.spec.deployment import DeploymentSpec
-from deepseek.spec.files.measured_batches import REQUEST_MS, BatchingPlan, MeasuredBatches
+from deepseek.spec.files.measured_batches import REQUEST_MS, SERVER_MS, BatchingPlan, MeasuredBatches
 from deepseek.spec.objectives import SloSpec, latency_limits
 from deepseek.spec.tables import BATCH
 
@@ -105,9 +105,15 @@ def _run_rows(spec: DeploymentSpec, measured: MeasuredBatches | None, limit_ms: 
     rows = next(rows for rows in inside if measured.rows_per_s(rows) >= enough)
     bound = "" if limit_ms is None else f" of up to {longest_ms:.3g} ms (p99 / 4)"
     return rows, (
-        f"batches of {rows} take {measured.ms_of(rows):.3g} ms and give {measured.rows_per_s(rows):.4g} rows/s; "
-        f"the best{bound}, of {best}, give {measured.rows_per_s(best):.4g} rows/s"
+        f"batches of {rows} take {measured.ms_of(rows):.3g} ms + {SERVER_MS} ms in the server and give "
+        f"{_rate(measured.rows_per_s(rows))} rows/s; the best{bound}, of {best}, give "
+        f"{_rate(measured.rows_per_s(best))} rows/s"
     )
+
+
+def _rate(per_s: float) -> str:
+    """Four digits, without an exponent: 263.9 or 90,220."""
+    return f"{float(f'{per_s:.4g}'):,.10g}"
 
 
 def _text_ms(measured: MeasuredBatches, run: int) -> float:
@@ -162,4 +168,4 @@ def _queue_size(
     rate, joins = measured.requests_per_s(rows, rows_each), joined // rows_each
     size = max(math.ceil(QUEUE_RESERVE * rate * timeout_ms / 1000), 2 * joins * measured.instances, LEAST_QUEUE)
     bounds = f"at least {LEAST_QUEUE} and two batches an instance, at most {MOST_QUEUE}"
-    return min(size, MOST_QUEUE), f"{QUEUE_RESERVE} x {rate:.4g} requests/s x {timeout_ms} ms, {bounds}"
+    return min(size, MOST_QUEUE), f"{QUEUE_RESERVE} x {_rate(rate)} requests/s x {timeout_ms} ms, {bounds}"
