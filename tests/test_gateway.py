@@ -216,9 +216,17 @@ def test_each_request_is_a_line_of_json_with_its_id_and_without_its_key(gateway:
     assert (line["caller"], line["api"], line["status"], line["agent"]) == ("shop", "infer", 200, 'a"b\\')
     _, answer = gateway.http("GET", "/v2", "X-Request-Id: <script>")
     assert re.search(rb"X-Request-Id: [0-9a-f]{32}\r", answer)
-    gateway.http("GET", f"/v2?api_key={gateway.key}", "X-Request-Id: query")  # a caller's mistake
+
+
+def test_a_key_in_a_wrong_place_is_not_logged(gateway: Gateway) -> None:
+    gateway.http("GET", f"/v2?api_key={gateway.key}", "X-Request-Id: query")
     (line,) = gateway.lines(id="query")
-    assert (line["path"], line["status"]) == ("a path with an API key", 403)
+    assert (line["path"], line["status"]) == ("/v2?api_key=an API key", 403)
+    gateway.http("GET", f"/v2/models/{gateway.key}", f"X-Request-Id: {gateway.key}", f"User-Agent: {gateway.key}")
+    (line,) = gateway.lines(id="an API key")
+    assert (line["model"], line["agent"]) == ("an API key", "an API key")
+    gateway.http("POST", f"/v2?key={gateway.key}", body=b" " * 1_200_000)  # nginx writes an error, too
+    wait_for(gateway.log_path.read_text, re.compile(r"too large body: .*POST /v2\?key=an API key HTTP").search)
     assert gateway.key not in gateway.log_path.read_text()
 
 
@@ -254,9 +262,8 @@ def test_an_unreadable_key_file_is_logged(gateway: Gateway) -> None:
     assert path.name not in gateway.log_path.read_text()
     path.mkdir()  # where no mode keeps root from a file
     assert gateway.http("GET", "/v2", key=key)[0] == 401
-    assert re.search(
-        rf"\[error\] .*{path.name} gives no key \(.+\), so its caller gets 401", gateway.log_path.read_text()
-    )
+    said = re.compile(rf"\[error\] .*{path.name} gives no key \(.+\), so its caller gets 401")
+    wait_for(gateway.log_path.read_text, said.search)
     path.rmdir()
 
 

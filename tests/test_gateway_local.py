@@ -42,6 +42,12 @@ def test_the_machine_itself_infers_and_reads_statistics_without_tls_and_key(
     assert gateway.lines(caller="local")
 
 
+def test_the_statistics_of_all_models_are_not_counted_for_a_model_named_stats(gateway: Gateway) -> None:
+    assert status(f"{gateway.local_http}/v2/models/stats") == 200
+    assert gateway.lines(path="/v2/models/stats")[0]["model"] == ""
+    assert not [name for name in gateway.metrics() if 'model="stats"' in name]
+
+
 @pytest.mark.parametrize("path", [INFER, "/v1/embeddings"])
 @pytest.mark.parametrize("header", [{"Origin": "https://shop.example"}, {"Host": "shop.example:8000"}])
 def test_a_web_page_in_a_browser_on_the_machine_needs_a_key(

@@ -92,6 +92,25 @@ def test_other_grpc_methods_are_denied(gateway: Gateway, path: str) -> None:
     assert gateway.grpc_status(path) == "PERMISSION_DENIED"
 
 
+@pytest.mark.parametrize("header", ["X: y", "Content-Type: application/json", "Content-Type: application/grpc-web"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_grpc_path_without_grpc_is_refused_before_it_reaches_triton(
+    gateway: Gateway, method: str, header: str
+) -> None:
+    """Triton closes the connection: a caller's mistake would count as a failure of the server."""
+    status, answer = gateway.http(method, f"{SERVICE}/ServerLive", header, "X-Request-Id: no-grpc")
+    assert status == 415
+    assert b'{"error":"this path is for gRPC: Content-Type must be application/grpc; over HTTP use /v2"}' in answer
+    assert {line["triton"] for line in gateway.lines(id="no-grpc")} == {""}
+
+
+def test_grpc_without_the_header_te_is_answered(gateway: Gateway) -> None:
+    """Some proxies remove it, and Triton resets such a call."""
+    empty = b"\0" * 5
+    status, answer = gateway.http("POST", f"{SERVICE}/ServerLive", "Content-Type: application/grpc", body=empty)
+    assert (status, b"\0\0\0\0\x02\x08\x01" in answer) == (200, True)  # live
+
+
 def test_the_admin_key_opens_triton_but_does_not_pass_the_gateway(gateway: Gateway, closed: EmbeddedServer) -> None:
     index = f"http://{closed.http_url}/v2/repository/index"
     with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -185,6 +204,15 @@ def as_json(gateway: Gateway) -> tuple[str, str]:
     return over_http(gateway, LARGE_JSON)
 
 
+def as_chunks(gateway: Gateway) -> tuple[str, str]:
+    """A small body, but the gateway cannot know that in advance."""
+    head = f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer {gateway.key}\r\n"
+    body = json_body()
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    status, answer = gateway.send(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks)
+    return str(status), answer.decode(errors="replace").partition("\r\n\r\n")[2] if status != 200 else ""
+
+
 def as_binary(gateway: Gateway) -> tuple[str, str]:
     tensor = triton_http.InferInput("x", [LARGE[0], 2, LARGE[1]], "FP32")
     tensor.set_data_from_numpy(np.zeros(tensor.shape(), np.float32))
@@ -203,12 +231,14 @@ def as_grpc(gateway: Gateway) -> tuple[str, str]:
 
 NO_ROOM = "no memory for another large request; try again"
 NO_ROOM_FOR_JSON = "no memory for another large JSON request; send binary tensors, or try again"
+NO_ROOM_FOR_CHUNKS = NO_ROOM_FOR_JSON.replace(";", " (without a Content-Length each counts as large);")
 
 
 @pytest.mark.parametrize(
     ("send", "status", "said"),
     [
         (as_json, "429", f'{{"error":"{NO_ROOM_FOR_JSON}"}}\n'),
+        (as_chunks, "429", f'{{"error":"{NO_ROOM_FOR_CHUNKS}"}}\n'),
         (as_binary, "429", f'{{"error":"{NO_ROOM}"}}\n'),
         (as_grpc, "StatusCode.RESOURCE_EXHAUSTED", NO_ROOM),
     ],

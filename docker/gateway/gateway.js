@@ -5,7 +5,7 @@ import fs from 'fs';
 import crypto from 'crypto';
 
 const BEARER = /^Bearer +(dsk_[A-Za-z0-9_-]{43})$/i;  // RFC 9110: a scheme in any case, then spaces
-const MODEL = /^\/v2\/models\/([A-Za-z0-9._-]+)/;
+const MODEL = /^\/v2\/models\/(?!stats$)([A-Za-z0-9._-]+)/;  // /v2/models/stats: the statistics of all models
 const GRPC_INFER = '/inference.GRPCInferenceService/ModelInfer';
 const BULK = 2;  // Triton's priority of bulk requests (export/publishing/triton_config.py)
 const NOT_BULK = `this key is for bulk requests: send "parameters": {"priority": ${BULK}, "bulk": true} with the request`;

@@ -11,7 +11,10 @@
 set -euo pipefail
 # Each connection takes file descriptors, and Docker starts with 1024. Not unlimited: some programs walk all of them.
 ulimit -Sn 65536 2>/dev/null || ulimit -Sn "$(ulimit -Hn)"
-exec > >(exec cat)  # nginx opens its standard output by name and must own it
+# What nginx writes. A caller may put its key into the query or another place by mistake: it is not logged. nginx opens its
+# standard output by name and must own it.
+exec 3> >(exec stdbuf --output=L sed --regexp-extended 's/dsk_[A-Za-z0-9_-]{43}/an API key/g')
+log=$!
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 folder="$(cd "${FOLDER:-/etc/gateway}" && pwd)"
 run="${RUN_FOLDER:-/tmp/gateway}"
@@ -92,7 +95,7 @@ before="$(watched)"
 loads
 mv "$run/next.crt" "$run/served.crt"
 rm -f "$run/pending"
-nginx -p "$run" -c "$run/nginx.conf" &
+nginx -p "$run" -c "$run/nginx.conf" >&3 2>&3 3>&- &
 nginx=$!
 
 watch() {
@@ -114,11 +117,14 @@ watch() {
     done
 }
 # In a process of its own: bash 5.2 fails if a signal with a trap arrives while it reads a "$(...)".
-watch &
+watch 3>&- &
 watcher=$!
 trap 'kill "$watcher" 2>/dev/null || true' EXIT
 trap 'kill -QUIT "$nginx"' TERM INT
 while kill -0 "$nginx" 2>/dev/null; do
     wait "$nginx" || true  # a signal ends it too
 done
-wait "$nginx"
+wait "$nginx" && status=0 || status=$?
+exec 3>&-
+wait "$log" || true  # its last lines
+exit "$status"
