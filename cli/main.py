@@ -77,8 +77,6 @@ class _Output(io.FileIO):
 def _forgiving(out: Any) -> Any:
     if out is None:  # closed, as by `>&-`
         return open(os.devnull, "w")
-    if not isinstance(out, io.TextIOWrapper):
-        return out
     out.flush()
     raw = io.BufferedWriter(_Output(out.fileno(), "wb", closefd=False))
     by_line = out.line_buffering or out.write_through
