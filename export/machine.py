@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from deepseek.spec.machine.cpu import fact
 from deepseek.spec.machine.gpus import why_none
 from deepseek.targets import PROVIDERS
 
@@ -69,12 +70,7 @@ def _docker_information() -> tuple[str, str]:
 
 def cpu() -> str:
     """The CPU's architecture and instruction sets: results round and saturate differently on others."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {flags.partition(':')[2].strip()}"
+    return f"{platform.machine()} {fact(Path('/proc/cpuinfo'), 'flags', 'Features')}"
 
 
 def inside_container(tag: str) -> bool:

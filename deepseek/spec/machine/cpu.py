@@ -28,10 +28,10 @@ def this_cpu() -> Cpu:
 
 def cpu_model(file: Path = Path("/proc/cpuinfo")) -> str:
     """The model's name; the architecture if the kernel gives none, as on ARM."""
-    return _fact(file, "model name") or platform.processor() or platform.machine()
+    return fact(file, "model name") or platform.processor() or platform.machine()
 
 
-def _fact(file: Path, *keys: str) -> str:
+def fact(file: Path, *keys: str) -> str:
     """The value on the first line of /proc/cpuinfo with one of these keys; "" without such a line."""
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
@@ -43,7 +43,7 @@ INT8_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 def int8_instructions(file: Path = Path("/proc/cpuinfo")) -> tuple[str, ...] | None:
     """The flags of INT8_DOT_PRODUCTS that the CPU has; None if the kernel does not say."""
-    flags = _fact(file, "flags", "Features").split()
+    flags = fact(file, "flags", "Features").split()
     return tuple(flag for flag in INT8_DOT_PRODUCTS if flag in flags) if flags else None
 
 
