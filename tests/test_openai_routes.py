@@ -41,7 +41,7 @@ class StandIn:
         self.calls: list[tuple[list[str], Any]] = []  # texts and parameters
         self.released, self.cancelled = asyncio.Event(), asyncio.Event()
 
-    async def infer(self, _: str, texts: list[str], *__: Any, parameters: Any, **___: Any) -> dict[str, np.ndarray]:
+    async def infer(self, _: str, texts: list[str], *__: Any, parameters: Any, **___: Any) -> tuple[str, dict]:
         self.calls.append((texts, parameters))
         try:
             await self.released.wait()
@@ -49,7 +49,7 @@ class StandIn:
             self.cancelled.set()
             raise
         vectors = np.ones((len(texts), self.numbers), np.float32)
-        return {"embedding": vectors, "tokens": np.ones((len(texts), 1), np.int32)}
+        return "1", {"embedding": vectors, "tokens": np.ones((len(texts), 1), np.int32)}
 
 
 SMALL = TextModel(name="m", output="embedding", size=1, max_batch=2, parts_at_once=1, max_tokens=8, max_bytes=8)
@@ -189,12 +189,12 @@ class Refusing:
     def __init__(self) -> None:
         self.sent: list[list[str]] = []
 
-    async def infer(self, _: str, texts: list[str], *__: Any, **___: Any) -> dict[str, np.ndarray]:
+    async def infer(self, _: str, texts: list[str], *__: Any, **___: Any) -> tuple[str, dict]:
         self.sent.append(texts)
         if self.sent.count(texts) == 1:
             raise deepseek_client.ServerBusy("full")
         numbers = np.array([[int(text)] for text in texts])
-        return {"embedding": numbers, "tokens": numbers}
+        return "1", {"embedding": numbers, "tokens": numbers}
 
 
 async def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
@@ -204,6 +204,28 @@ async def test_a_refused_part_of_a_long_list_is_sent_again() -> None:
     assert tokens.tolist() == [1, 2, 3]
     with pytest.raises(ApiError, match="overloaded: full"):  # one batch: the caller decides
         await vectors_of(triton, Metrics(), SMALL, list("45"))
+
+
+class Switching:
+    """Stands in for a Triton that loads version 2, with larger vectors, after its second answer."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[str]] = []
+
+    async def infer(self, _: str, texts: list[str], *__: Any, **___: Any) -> tuple[str, dict]:
+        self.sent.append(texts)
+        version = 1 if len(self.sent) <= 2 else 2
+        vectors = np.full((len(texts), version), version, np.float32)
+        return str(version), {"embedding": vectors, "tokens": np.array([[int(text)] for text in texts])}
+
+
+async def test_one_version_answers_a_whole_list() -> None:
+    """Vectors of two versions may differ in size, and cannot be compared."""
+    triton: Any = Switching()
+    vectors, tokens = await vectors_of(triton, Metrics(), SMALL, list("123456"))
+    assert vectors.tolist() == [[2, 2]] * 6
+    assert tokens.tolist() == [1, 2, 3, 4, 5, 6]
+    assert triton.sent == [["1", "2"], ["3", "4"], ["5", "6"], ["1", "2"], ["3", "4"]]
 
 
 async def test_a_call_is_cancelled_when_its_caller_disconnects() -> None:

@@ -15,7 +15,8 @@ from deepseek_client import ConnectionLost, DeadlineExceeded, InferenceError, Se
 from serving.openai.triton_http import TritonHttp
 from tests.gateway import free_port
 
-HEADER = b"""{"outputs": [{"name": "v", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}]}"""
+OUTPUT = b'{"name": "v", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}'
+HEADER = b'{"model_version": "3", "outputs": [' + OUTPUT + b"]}"
 BODY = HEADER + np.array([1.5, -2], "<f4").tobytes()
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nInference-Header-Content-Length: %d\r\n\r\n" % (
     len(BODY),
@@ -62,7 +63,9 @@ async def close(writer: asyncio.StreamWriter) -> None:
 
 
 async def infer(made: TritonHttp, timeout_s: float = 60) -> Any:
-    return (await made.infer("m", ["a"], ["v"], timeout_s=timeout_s, parameters={}))["v"].tolist()
+    version, outputs = await made.infer("m", ["a"], ["v"], timeout_s=timeout_s, parameters={})
+    assert version == "3"
+    return outputs["v"].tolist()
 
 
 async def test_an_answer_may_come_in_pieces_and_its_connection_is_used_again() -> None:

@@ -41,8 +41,11 @@ class TritonHttp:
         *,
         timeout_s: float,
         parameters: Parameters,
-    ) -> dict[str, np.ndarray]:
-        """The outputs, (texts, ...) each, for at most the model's largest batch of texts or pairs."""
+    ) -> tuple[str, dict[str, np.ndarray]]:
+        """The model's version that answered, and its outputs, (texts, ...) each.
+
+        Takes at most the model's largest batch of texts or pairs.
+        """
         try:
             status, head, body = await self._exchange(_request(model, texts, outputs, timeout_s, parameters), timeout_s)
         except TimeoutError:
@@ -172,14 +175,14 @@ def _request(
     return head.encode() + header, tensor
 
 
-def _arrays(head: bytes, body: bytes, rows: int) -> dict[str, np.ndarray]:
-    """The outputs by name. Raises ValueError, KeyError or TypeError."""
+def _arrays(head: bytes, body: bytes, rows: int) -> tuple[str, dict[str, np.ndarray]]:
+    """The model's version, and the outputs by name. Raises ValueError, KeyError or TypeError."""
     size = JSON_BYTES.search(head)
     end = int(size[1]) if size else 0
-    found = {}
-    for output in orjson.loads(body[:end])["outputs"]:
+    found, answer = {}, orjson.loads(body[:end])
+    for output in answer["outputs"]:
         start, end = end, end + output["parameters"]["binary_data_size"]
         found[output["name"]] = array = to_numpy(output["datatype"], output["shape"], body[start:end])
         if len(array) != rows:
             raise ValueError(f"{output['name']} has {len(array)} rows for {rows} texts")
-    return found
+    return answer["model_version"], found
