@@ -226,7 +226,8 @@ def test_a_key_in_a_wrong_place_is_not_logged(gateway: Gateway) -> None:
     (line,) = gateway.lines(id="an API key")
     assert (line["model"], line["agent"]) == ("an API key", "an API key")
     gateway.http("POST", f"/v2?key={gateway.key}", body=b" " * 1_200_000)  # nginx writes an error, too
-    wait_for(gateway.log_path.read_text, re.compile(r"too large body: .*POST /v2\?key=an API key HTTP").search)
+    said = re.compile(r"too large body: .*POST /v2\?key=an API key HTTP")
+    wait_for(lambda: said.search(gateway.log_path.read_text()), bool)
     assert gateway.key not in gateway.log_path.read_text()
 
 
@@ -263,7 +264,7 @@ def test_an_unreadable_key_file_is_logged(gateway: Gateway) -> None:
     path.mkdir()  # where no mode keeps root from a file
     assert gateway.http("GET", "/v2", key=key)[0] == 401
     said = re.compile(rf"\[error\] .*{path.name} gives no key \(.+\), so its caller gets 401")
-    wait_for(gateway.log_path.read_text, said.search)
+    wait_for(lambda: said.search(gateway.log_path.read_text()), bool)
     path.rmdir()
 
 

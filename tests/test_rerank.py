@@ -159,9 +159,9 @@ def test_the_answer_is_the_cosine_of_each_sentence_in_order(serving: Serving) ->
 class Fixed:
     """A client with vectors that are not of length 1."""
 
-    async def infer(self, *_: Any, **__: Any) -> dict[str, np.ndarray]:
+    async def infer(self, *_: Any, **__: Any) -> tuple[str, dict[str, np.ndarray]]:
         vectors = np.array([[3, 4], [6, 8], [-8, 6], [-3, -4], [0, 0]], np.float32)
-        return {"v": vectors, "tokens": np.ones((5, 1), np.int32)}
+        return "1", {"v": vectors, "tokens": np.ones((5, 1), np.int32)}
 
 
 def test_a_cosine_does_not_depend_on_the_lengths_of_the_vectors() -> None:
