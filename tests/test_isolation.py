@@ -42,6 +42,19 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert "test_isolation.py" in "".join(caught.value.__notes__)
 
 
+class TwoPartError(Exception):
+    """Cannot be rebuilt from its `args`, as pickle does."""
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"{node}: {reason}")
+
+
+def test_an_error_that_cannot_be_rebuilt_keeps_its_text_and_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"TwoPartError.+Conv_1: no kernel") as caught:
+        in_child("work", lambda: raises(TwoPartError("Conv_1", "no kernel")))
+    assert "test_isolation.py" in "".join(caught.value.__notes__)
+
+
 @pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGABRT], ids=lambda how: how.name)
 def test_a_crash_is_one_line_and_has_its_own_type(how: signal.Signals) -> None:
     with pytest.raises(Crashed, match=rf"^TensorRT crashed \({how.name}\)$"):

@@ -10,6 +10,7 @@ child is a fork, without the threads of torch or of a session: call it before th
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 import warnings
@@ -86,10 +87,17 @@ def _answer(answer: Connection, function: Callable[[], object], parent: int) -> 
     try:
         outcome: tuple[bool, object] = (True, function())
     except BaseException as error:
-        if not isinstance(error, GateFailed | KeyboardInterrupt):
-            error.add_note(f"in a child process:\n{traceback.format_exc()}")
-        outcome = (False, error)
+        sent = _sendable(error)
+        if not isinstance(sent, GateFailed | KeyboardInterrupt):
+            sent.add_note(f"in a child process:\n{traceback.format_exc()}")
+        outcome = (False, sent)
+    answer.send(outcome)
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The exception itself if the parent can rebuild it; pickle calls its class with `args` alone."""
     try:
-        answer.send(outcome)
-    except Exception as error:  # the exception holds something that cannot be sent
-        answer.send((False, RuntimeError(f"{outcome[1]!r} cannot be sent on: {error}")))
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return error
