@@ -206,12 +206,15 @@ def _check_parts(model: Any, path: Path) -> None:
 
 
 def _check_forward(model: Any, spec: DeploymentSpec, path: Path) -> None:
-    """Raises InputError if forward cannot take the inputs as tensors in order: it wants keywords, or a dict."""
+    """Raises InputError if forward wants keywords, a dict, or the inputs in another order than that of deploy.toml."""
     signature = inspect.signature(model.forward)
     try:
         taken = signature.bind(*spec.inputs)
         kinds = [str(signature.parameters[name].annotation) for name in taken.arguments]
         why = "it takes a dict" if any(re.search(r"\b(dict|Dict|Mapping)\b", kind) for kind in kinds) else ""
+        for parameter, name in taken.arguments.items():
+            if parameter != name and name in signature.parameters:
+                why = f"{name} would be its {parameter}"
     except TypeError as error:
         why = str(error)
     if why:

@@ -225,6 +225,7 @@ def test_a_module_in_training_mode_is_put_into_eval_mode(tmp_path: Path) -> None
         ("*, x", "too many positional arguments"),
         ("x, y", "missing a required argument: 'y'"),
         ("batch: dict[str, torch.Tensor]", "it takes a dict"),
+        ("mask=None, x=None", "x would be its mask"),
     ],
 )
 def test_a_forward_that_takes_keywords_or_a_dict_is_refused_with_the_way_round(
